@@ -1,0 +1,146 @@
+package verify
+
+import (
+	"bytes"
+	"cmp"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/binary"
+	"math/bits"
+	"slices"
+)
+
+// Sampling, in parts per million so that every scheduler computes the same.
+const (
+	// PPM is certainty.
+	PPM = 1_000_000
+	// ProvenAfter is how many checks an owner must pass, per hardware class and
+	// application, before anything but p = 1 applies.
+	ProvenAfter = 20
+	// FloorPPM is the least p of a proven owner.
+	FloorPPM = 30_000
+	// MinSampled is how many items are checked of a result that is checked at
+	// all, so that the set-up of the re-run is spread.
+	MinSampled = 4
+)
+
+// Rate is p, the chance that an item is checked, in parts per million.
+// passed counts the checks that its owner has passed.
+func Rate(passed uint64, policyPPM uint32) uint32 {
+	if passed < ProvenAfter {
+		return PPM
+	}
+	return min(max(policyPPM, FloorPPM), PPM)
+}
+
+// Seed combines the reveals of the whole committee, whatever order they came
+// in. It is bound to the epoch and to the digest of the batch that was closed
+// before the first reveal.
+func Seed(epoch uint64, batchDigest []byte, reveals map[string][]byte) []byte {
+	nodes := make([]string, 0, len(reveals))
+	for node := range reveals {
+		nodes = append(nodes, node)
+	}
+	slices.Sort(nodes)
+	h := sha256.New()
+	h.Write([]byte("muster seed v1\n"))
+	h.Write(binary.BigEndian.AppendUint64(nil, epoch))
+	writeBytes(h, batchDigest)
+	for _, node := range nodes {
+		writeBytes(h, []byte(node))
+		writeBytes(h, reveals[node])
+	}
+	return h.Sum(nil)
+}
+
+// BatchDigest binds the commits of a batch: attempts and roots, in log order.
+func BatchDigest(epoch uint64, attempts []string, roots [][]byte) []byte {
+	h := sha256.New()
+	h.Write([]byte("muster batch v1\n"))
+	h.Write(binary.BigEndian.AppendUint64(nil, epoch))
+	for i, attempt := range attempts {
+		writeBytes(h, []byte(attempt))
+		writeBytes(h, roots[i])
+	}
+	return h.Sum(nil)
+}
+
+// lot is the item's number in the draw: u = HMAC(seed, attempt ‖ item ‖ root).
+func lot(seed []byte, attempt string, item uint64, root []byte) uint64 {
+	mac := hmac.New(sha256.New, seed)
+	mac.Write(appendBytes(nil, []byte(attempt)))
+	mac.Write(binary.BigEndian.AppendUint64(nil, item))
+	mac.Write(root)
+	return binary.BigEndian.Uint64(mac.Sum(nil))
+}
+
+// Draw picks the items of a committed result that are checked: those with
+// u < p·2⁶⁴, and where there is one at all, the items with the lowest u up to
+// MinSampled. The answer is ascending; empty means that nothing is checked.
+func Draw(seed []byte, attempt string, items []uint64, root []byte, ratePPM uint32) []uint64 {
+	if ratePPM >= PPM {
+		return slices.Clone(items)
+	}
+	// floor(p · 2⁶⁴); p < 1, so that it fits.
+	threshold, _ := bits.Div64(uint64(ratePPM), 0, PPM)
+	type drawn struct{ u, item uint64 }
+	all := make([]drawn, len(items))
+	for i, item := range items {
+		all[i] = drawn{lot(seed, attempt, item, root), item}
+	}
+	slices.SortFunc(all, func(a, b drawn) int {
+		return cmp.Or(cmp.Compare(a.u, b.u), cmp.Compare(a.item, b.item))
+	})
+	n, _ := slices.BinarySearchFunc(all, threshold, func(d drawn, t uint64) int { return cmp.Compare(d.u, t) })
+	if n == 0 {
+		return nil
+	}
+	n = max(n, min(MinSampled, len(all)))
+	picked := make([]uint64, n)
+	for i := range picked {
+		picked[i] = all[i].item
+	}
+	slices.Sort(picked)
+	return picked
+}
+
+// Chain is a scheduler's hash chain h¹(secret) … hᴺ(secret). The tip hᴺ is
+// registered; each reveal is the value before the one revealed last, and
+// one SHA-256 verifies it.
+type Chain struct{ values [][sha256.Size]byte }
+
+// ChainLength is how many reveals one chain serves: 65,535, computed in about
+// 10 ms and held in 2 MiB.
+const ChainLength = 1 << 16
+
+// NewChain computes the chain of a secret.
+func NewChain(secret []byte) *Chain {
+	c := &Chain{values: make([][sha256.Size]byte, ChainLength)}
+	c.values[0] = sha256.Sum256(append([]byte("muster chain v1\n"), secret...))
+	for i := 1; i < ChainLength; i++ {
+		c.values[i] = sha256.Sum256(c.values[i-1][:])
+	}
+	return c
+}
+
+// Tip is the value to register.
+func (c *Chain) Tip() []byte { return bytes.Clone(c.values[ChainLength-1][:]) }
+
+// Reveal is the value after so many reveals were made from this chain; nil
+// when the chain has run out, or when tip is not what the chain then is at.
+func (c *Chain) Reveal(made uint64, tip []byte) []byte {
+	if made >= ChainLength-1 {
+		return nil
+	}
+	at := ChainLength - 1 - made
+	if !bytes.Equal(c.values[at][:], tip) {
+		return nil
+	}
+	return bytes.Clone(c.values[at-1][:])
+}
+
+// CheckReveal reports whether value is the next reveal of a chain at tip.
+func CheckReveal(tip, value []byte) bool {
+	sum := sha256.Sum256(value)
+	return len(tip) == sha256.Size && bytes.Equal(sum[:], tip)
+}
