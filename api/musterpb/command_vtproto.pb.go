@@ -638,6 +638,1058 @@ func (m *GiveUpCheck) CloneMessageVT() proto.Message {
 	return m.CloneVT()
 }
 
+func (this *Entry) EqualVT(that *Entry) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Commands) != len(that.Commands) {
+		return false
+	}
+	for i, vx := range this.Commands {
+		vy := that.Commands[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Command{}
+			}
+			if q == nil {
+				q = &Command{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Entry) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Entry)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Command) EqualVT(that *Command) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Body == nil && that.Body != nil {
+		return false
+	} else if this.Body != nil {
+		if that.Body == nil {
+			return false
+		}
+		if !this.Body.(interface{ EqualVT(isCommand_Body) bool }).EqualVT(that.Body) {
+			return false
+		}
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if this.TimeUnixMs != that.TimeUnixMs {
+		return false
+	}
+	if this.Ignorable != that.Ignorable {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Command) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Command)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Command_CreateCluster) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_CreateCluster)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.CreateCluster, that.CreateCluster; p != q {
+		if p == nil {
+			p = &CreateCluster{}
+		}
+		if q == nil {
+			q = &CreateCluster{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_CreateAccount) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_CreateAccount)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.CreateAccount, that.CreateAccount; p != q {
+		if p == nil {
+			p = &CreateAccount{}
+		}
+		if q == nil {
+			q = &CreateAccount{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_CreateKey) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_CreateKey)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.CreateKey, that.CreateKey; p != q {
+		if p == nil {
+			p = &CreateKey{}
+		}
+		if q == nil {
+			q = &CreateKey{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_Deposit) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_Deposit)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Deposit, that.Deposit; p != q {
+		if p == nil {
+			p = &Deposit{}
+		}
+		if q == nil {
+			q = &Deposit{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_RegisterNode) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_RegisterNode)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.RegisterNode, that.RegisterNode; p != q {
+		if p == nil {
+			p = &RegisterNode{}
+		}
+		if q == nil {
+			q = &RegisterNode{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_RegisterTip) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_RegisterTip)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.RegisterTip, that.RegisterTip; p != q {
+		if p == nil {
+			p = &RegisterTip{}
+		}
+		if q == nil {
+			q = &RegisterTip{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_RegisterWorker) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_RegisterWorker)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.RegisterWorker, that.RegisterWorker; p != q {
+		if p == nil {
+			p = &RegisterWorker{}
+		}
+		if q == nil {
+			q = &RegisterWorker{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_DrainWorker) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_DrainWorker)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.DrainWorker, that.DrainWorker; p != q {
+		if p == nil {
+			p = &DrainWorker{}
+		}
+		if q == nil {
+			q = &DrainWorker{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_SubmitJob) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_SubmitJob)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.SubmitJob, that.SubmitJob; p != q {
+		if p == nil {
+			p = &SubmitJob{}
+		}
+		if q == nil {
+			q = &SubmitJob{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_CancelJob) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_CancelJob)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.CancelJob, that.CancelJob; p != q {
+		if p == nil {
+			p = &CancelJob{}
+		}
+		if q == nil {
+			q = &CancelJob{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_FundJob) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_FundJob)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.FundJob, that.FundJob; p != q {
+		if p == nil {
+			p = &FundJob{}
+		}
+		if q == nil {
+			q = &FundJob{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_PlaceAttempt) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_PlaceAttempt)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.PlaceAttempt, that.PlaceAttempt; p != q {
+		if p == nil {
+			p = &PlaceAttempt{}
+		}
+		if q == nil {
+			q = &PlaceAttempt{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_StartAttempt) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_StartAttempt)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.StartAttempt, that.StartAttempt; p != q {
+		if p == nil {
+			p = &StartAttempt{}
+		}
+		if q == nil {
+			q = &StartAttempt{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_CommitResult) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_CommitResult)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.CommitResult, that.CommitResult; p != q {
+		if p == nil {
+			p = &CommitResult{}
+		}
+		if q == nil {
+			q = &CommitResult{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_EndAttempt) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_EndAttempt)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.EndAttempt, that.EndAttempt; p != q {
+		if p == nil {
+			p = &EndAttempt{}
+		}
+		if q == nil {
+			q = &EndAttempt{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_CloseBatch) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_CloseBatch)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.CloseBatch, that.CloseBatch; p != q {
+		if p == nil {
+			p = &CloseBatch{}
+		}
+		if q == nil {
+			q = &CloseBatch{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_Reveal) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_Reveal)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Reveal, that.Reveal; p != q {
+		if p == nil {
+			p = &RevealValue{}
+		}
+		if q == nil {
+			q = &RevealValue{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_FailBatchClosed) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_FailBatchClosed)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.FailBatchClosed, that.FailBatchClosed; p != q {
+		if p == nil {
+			p = &FailBatchClosed{}
+		}
+		if q == nil {
+			q = &FailBatchClosed{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_RecordComparisons) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_RecordComparisons)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.RecordComparisons, that.RecordComparisons; p != q {
+		if p == nil {
+			p = &RecordComparisons{}
+		}
+		if q == nil {
+			q = &RecordComparisons{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Command_GiveUpCheck) EqualVT(thatIface isCommand_Body) bool {
+	that, ok := thatIface.(*Command_GiveUpCheck)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.GiveUpCheck, that.GiveUpCheck; p != q {
+		if p == nil {
+			p = &GiveUpCheck{}
+		}
+		if q == nil {
+			q = &GiveUpCheck{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *CreateCluster) EqualVT(that *CreateCluster) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Cluster != that.Cluster {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *CreateCluster) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*CreateCluster)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *CreateAccount) EqualVT(that *CreateAccount) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *CreateAccount) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*CreateAccount)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *CreateKey) EqualVT(that *CreateKey) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	if string(this.Hash) != string(that.Hash) {
+		return false
+	}
+	if this.Role != that.Role {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *CreateKey) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*CreateKey)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Deposit) EqualVT(that *Deposit) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	if this.AmountMicroUsd != that.AmountMicroUsd {
+		return false
+	}
+	if this.Memo != that.Memo {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Deposit) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Deposit)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *RegisterNode) EqualVT(that *RegisterNode) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if !this.Node.EqualVT(that.Node) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *RegisterNode) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*RegisterNode)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *RegisterTip) EqualVT(that *RegisterTip) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Node != that.Node {
+		return false
+	}
+	if string(this.Tip) != string(that.Tip) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *RegisterTip) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*RegisterTip)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *RegisterWorker) EqualVT(that *RegisterWorker) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if !this.Worker.EqualVT(that.Worker) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *RegisterWorker) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*RegisterWorker)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *DrainWorker) EqualVT(that *DrainWorker) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Worker != that.Worker {
+		return false
+	}
+	if this.Draining != that.Draining {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *DrainWorker) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*DrainWorker)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *SubmitJob) EqualVT(that *SubmitJob) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	if !this.Spec.EqualVT(that.Spec) {
+		return false
+	}
+	if string(this.PermutationKey) != string(that.PermutationKey) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *SubmitJob) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*SubmitJob)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *CancelJob) EqualVT(that *CancelJob) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.Reason != that.Reason {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *CancelJob) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*CancelJob)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *FundJob) EqualVT(that *FundJob) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.AmountMicroUsd != that.AmountMicroUsd {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *FundJob) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*FundJob)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *PlaceAttempt) EqualVT(that *PlaceAttempt) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.Task != that.Task {
+		return false
+	}
+	if this.Check != that.Check {
+		return false
+	}
+	if this.Worker != that.Worker {
+		return false
+	}
+	if this.Class != that.Class {
+		return false
+	}
+	if len(this.Devices) != len(that.Devices) {
+		return false
+	}
+	for i, vx := range this.Devices {
+		vy := that.Devices[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.Relaxed != that.Relaxed {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *PlaceAttempt) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*PlaceAttempt)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *StartAttempt) EqualVT(that *StartAttempt) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *StartAttempt) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*StartAttempt)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *CommitResult) EqualVT(that *CommitResult) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if !this.Commit.EqualVT(that.Commit) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *CommitResult) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*CommitResult)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *EndAttempt) EqualVT(that *EndAttempt) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if this.State != that.State {
+		return false
+	}
+	if this.Reason != that.Reason {
+		return false
+	}
+	if this.Blame != that.Blame {
+		return false
+	}
+	if this.ExitCode != that.ExitCode {
+		return false
+	}
+	if this.LogDigest != that.LogDigest {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *EndAttempt) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*EndAttempt)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *CloseBatch) EqualVT(that *CloseBatch) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Epoch != that.Epoch {
+		return false
+	}
+	if string(this.Digest) != string(that.Digest) {
+		return false
+	}
+	if this.Attempts != that.Attempts {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *CloseBatch) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*CloseBatch)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *RevealValue) EqualVT(that *RevealValue) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if !this.Reveal.EqualVT(that.Reveal) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *RevealValue) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*RevealValue)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *FailBatchClosed) EqualVT(that *FailBatchClosed) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Epoch != that.Epoch {
+		return false
+	}
+	if this.Reason != that.Reason {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *FailBatchClosed) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*FailBatchClosed)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *RecordComparisons) EqualVT(that *RecordComparisons) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Check != that.Check {
+		return false
+	}
+	if len(this.Comparisons) != len(that.Comparisons) {
+		return false
+	}
+	for i, vx := range this.Comparisons {
+		vy := that.Comparisons[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Comparison{}
+			}
+			if q == nil {
+				q = &Comparison{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *RecordComparisons) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*RecordComparisons)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *GiveUpCheck) EqualVT(that *GiveUpCheck) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Check != that.Check {
+		return false
+	}
+	if this.Reason != that.Reason {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *GiveUpCheck) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*GiveUpCheck)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
 func (m *Entry) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil

@@ -224,6 +224,335 @@ func (m *Verify) CloneMessageVT() proto.Message {
 	return m.CloneVT()
 }
 
+func (this *JobSpec) EqualVT(that *JobSpec) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Name != that.Name {
+		return false
+	}
+	if !this.Image.EqualVT(that.Image) {
+		return false
+	}
+	if len(this.Command) != len(that.Command) {
+		return false
+	}
+	for i, vx := range this.Command {
+		vy := that.Command[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Env) != len(that.Env) {
+		return false
+	}
+	for i, vx := range this.Env {
+		vy := that.Env[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &EnvVar{}
+			}
+			if q == nil {
+				q = &EnvVar{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if len(this.Inputs) != len(that.Inputs) {
+		return false
+	}
+	for i, vx := range this.Inputs {
+		vy := that.Inputs[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Input{}
+			}
+			if q == nil {
+				q = &Input{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if !this.Items.EqualVT(that.Items) {
+		return false
+	}
+	if this.Chunk != that.Chunk {
+		return false
+	}
+	if !this.Resources.EqualVT(that.Resources) {
+		return false
+	}
+	if this.TimeoutMs != that.TimeoutMs {
+		return false
+	}
+	if this.Retries != that.Retries {
+		return false
+	}
+	if this.MaxPriceMicroUsdPerHour != that.MaxPriceMicroUsdPerHour {
+		return false
+	}
+	if this.BudgetMicroUsd != that.BudgetMicroUsd {
+		return false
+	}
+	if !this.Verify.EqualVT(that.Verify) {
+		return false
+	}
+	if this.Outputs != that.Outputs {
+		return false
+	}
+	if this.Network != that.Network {
+		return false
+	}
+	if this.Priority != that.Priority {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *JobSpec) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*JobSpec)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Image) EqualVT(that *Image) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Kind != that.Kind {
+		return false
+	}
+	if this.Ref != that.Ref {
+		return false
+	}
+	if this.Digest != that.Digest {
+		return false
+	}
+	if this.SizeBytes != that.SizeBytes {
+		return false
+	}
+	if len(this.Platforms) != len(that.Platforms) {
+		return false
+	}
+	for i, vx := range this.Platforms {
+		vy := that.Platforms[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.Name != that.Name {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Image) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Image)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *EnvVar) EqualVT(that *EnvVar) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Name != that.Name {
+		return false
+	}
+	if this.Value != that.Value {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *EnvVar) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*EnvVar)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Input) EqualVT(that *Input) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Path != that.Path {
+		return false
+	}
+	if this.Digest != that.Digest {
+		return false
+	}
+	if this.SizeBytes != that.SizeBytes {
+		return false
+	}
+	if this.Directory != that.Directory {
+		return false
+	}
+	if this.Executable != that.Executable {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Input) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Input)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Items) EqualVT(that *Items) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Ranges) != len(that.Ranges) {
+		return false
+	}
+	for i, vx := range this.Ranges {
+		vy := that.Ranges[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &ItemRange{}
+			}
+			if q == nil {
+				q = &ItemRange{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if this.Count != that.Count {
+		return false
+	}
+	if this.LinesPath != that.LinesPath {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Items) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Items)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ItemRange) EqualVT(that *ItemRange) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.First != that.First {
+		return false
+	}
+	if this.Last != that.Last {
+		return false
+	}
+	if this.Step != that.Step {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ItemRange) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ItemRange)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Resources) EqualVT(that *Resources) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Gpus != that.Gpus {
+		return false
+	}
+	if len(this.GpuModels) != len(that.GpuModels) {
+		return false
+	}
+	for i, vx := range this.GpuModels {
+		vy := that.GpuModels[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.MinVramBytes != that.MinVramBytes {
+		return false
+	}
+	if this.MinComputeCapability != that.MinComputeCapability {
+		return false
+	}
+	if this.MilliCpus != that.MilliCpus {
+		return false
+	}
+	if this.MemoryBytes != that.MemoryBytes {
+		return false
+	}
+	if this.DiskBytes != that.DiskBytes {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Resources) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Resources)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Verify) EqualVT(that *Verify) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Comparator != that.Comparator {
+		return false
+	}
+	if this.RatePpm != that.RatePpm {
+		return false
+	}
+	if this.FailPpm != that.FailPpm {
+		return false
+	}
+	if this.FailSharePpm != that.FailSharePpm {
+		return false
+	}
+	if this.SameOwner != that.SameOwner {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Verify) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Verify)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
 func (m *JobSpec) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil

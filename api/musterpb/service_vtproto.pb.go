@@ -1259,6 +1259,1822 @@ func (m *ProposeResponse) CloneMessageVT() proto.Message {
 	return m.CloneVT()
 }
 
+func (this *SubmitJobRequest) EqualVT(that *SubmitJobRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if !this.Spec.EqualVT(that.Spec) {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *SubmitJobRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*SubmitJobRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *SubmitJobResponse) EqualVT(that *SubmitJobResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *SubmitJobResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*SubmitJobResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *GetJobRequest) EqualVT(that *GetJobRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.Detail != that.Detail {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *GetJobRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*GetJobRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *GetJobResponse) EqualVT(that *GetJobResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if !this.Job.EqualVT(that.Job) {
+		return false
+	}
+	if len(this.Attempts) != len(that.Attempts) {
+		return false
+	}
+	for i, vx := range this.Attempts {
+		vy := that.Attempts[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Attempt{}
+			}
+			if q == nil {
+				q = &Attempt{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if len(this.Checks) != len(that.Checks) {
+		return false
+	}
+	for i, vx := range this.Checks {
+		vy := that.Checks[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Check{}
+			}
+			if q == nil {
+				q = &Check{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *GetJobResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*GetJobResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ListJobsRequest) EqualVT(that *ListJobsRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	if this.Limit != that.Limit {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ListJobsRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ListJobsRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ListJobsResponse) EqualVT(that *ListJobsResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Jobs) != len(that.Jobs) {
+		return false
+	}
+	for i, vx := range this.Jobs {
+		vy := that.Jobs[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Job{}
+			}
+			if q == nil {
+				q = &Job{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ListJobsResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ListJobsResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *CancelJobRequest) EqualVT(that *CancelJobRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *CancelJobRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*CancelJobRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *CancelJobResponse) EqualVT(that *CancelJobResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *CancelJobResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*CancelJobResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *FundJobRequest) EqualVT(that *FundJobRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.AmountMicroUsd != that.AmountMicroUsd {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *FundJobRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*FundJobRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *FundJobResponse) EqualVT(that *FundJobResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *FundJobResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*FundJobResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ExplainJobResponse) EqualVT(that *ExplainJobResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Summary != that.Summary {
+		return false
+	}
+	if len(this.Reasons) != len(that.Reasons) {
+		return false
+	}
+	for i, vx := range this.Reasons {
+		vy := that.Reasons[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &ExplainReason{}
+			}
+			if q == nil {
+				q = &ExplainReason{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if this.Workers != that.Workers {
+		return false
+	}
+	if this.Eligible != that.Eligible {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ExplainJobResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ExplainJobResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ExplainReason) EqualVT(that *ExplainReason) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Workers != that.Workers {
+		return false
+	}
+	if this.Text != that.Text {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ExplainReason) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ExplainReason)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *GetResultsRequest) EqualVT(that *GetResultsRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.Provisional != that.Provisional {
+		return false
+	}
+	if this.AfterTask != that.AfterTask {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *GetResultsRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*GetResultsRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *GetResultsResponse) EqualVT(that *GetResultsResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Results) != len(that.Results) {
+		return false
+	}
+	for i, vx := range this.Results {
+		vy := that.Results[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &TaskResult{}
+			}
+			if q == nil {
+				q = &TaskResult{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if this.NextTask != that.NextTask {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *GetResultsResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*GetResultsResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *TaskResult) EqualVT(that *TaskResult) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Task != that.Task {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if this.ManifestDigest != that.ManifestDigest {
+		return false
+	}
+	if this.ArchiveDigest != that.ArchiveDigest {
+		return false
+	}
+	if this.Verified != that.Verified {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *TaskResult) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*TaskResult)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *GetLogsRequest) EqualVT(that *GetLogsRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *GetLogsRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*GetLogsRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *GetLogsResponse) EqualVT(that *GetLogsResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Logs) != len(that.Logs) {
+		return false
+	}
+	for i, vx := range this.Logs {
+		vy := that.Logs[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &AttemptLog{}
+			}
+			if q == nil {
+				q = &AttemptLog{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *GetLogsResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*GetLogsResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *AttemptLog) EqualVT(that *AttemptLog) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if this.Task != that.Task {
+		return false
+	}
+	if this.Worker != that.Worker {
+		return false
+	}
+	if this.State != that.State {
+		return false
+	}
+	if this.LogDigest != that.LogDigest {
+		return false
+	}
+	if string(this.Tail) != string(that.Tail) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *AttemptLog) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*AttemptLog)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ListWorkersRequest) EqualVT(that *ListWorkersRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Worker != that.Worker {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ListWorkersRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ListWorkersRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ListWorkersResponse) EqualVT(that *ListWorkersResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Workers) != len(that.Workers) {
+		return false
+	}
+	for i, vx := range this.Workers {
+		vy := that.Workers[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &WorkerStatus{}
+			}
+			if q == nil {
+				q = &WorkerStatus{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ListWorkersResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ListWorkersResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *WorkerStatus) EqualVT(that *WorkerStatus) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if !this.Worker.EqualVT(that.Worker) {
+		return false
+	}
+	if this.Connected != that.Connected {
+		return false
+	}
+	if len(this.Running) != len(that.Running) {
+		return false
+	}
+	for i, vx := range this.Running {
+		vy := that.Running[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Records) != len(that.Records) {
+		return false
+	}
+	for i, vx := range this.Records {
+		vy := that.Records[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Record{}
+			}
+			if q == nil {
+				q = &Record{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if this.EarnedMicroUsd != that.EarnedMicroUsd {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *WorkerStatus) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*WorkerStatus)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *DrainWorkerRequest) EqualVT(that *DrainWorkerRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Worker != that.Worker {
+		return false
+	}
+	if this.Resume != that.Resume {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *DrainWorkerRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*DrainWorkerRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *DrainWorkerResponse) EqualVT(that *DrainWorkerResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *DrainWorkerResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*DrainWorkerResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *CreateAccountRequest) EqualVT(that *CreateAccountRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	if this.Role != that.Role {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *CreateAccountRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*CreateAccountRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *CreateAccountResponse) EqualVT(that *CreateAccountResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Key != that.Key {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *CreateAccountResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*CreateAccountResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *GetAccountRequest) EqualVT(that *GetAccountRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *GetAccountRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*GetAccountRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *GetAccountResponse) EqualVT(that *GetAccountResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Balances) != len(that.Balances) {
+		return false
+	}
+	for i, vx := range this.Balances {
+		vy := that.Balances[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Balance{}
+			}
+			if q == nil {
+				q = &Balance{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *GetAccountResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*GetAccountResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Balance) EqualVT(that *Balance) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	if this.BalanceMicroUsd != that.BalanceMicroUsd {
+		return false
+	}
+	if this.HeldMicroUsd != that.HeldMicroUsd {
+		return false
+	}
+	if this.PendingMicroUsd != that.PendingMicroUsd {
+		return false
+	}
+	if this.InJobsMicroUsd != that.InJobsMicroUsd {
+		return false
+	}
+	if this.DepositedMicroUsd != that.DepositedMicroUsd {
+		return false
+	}
+	if this.EarnedMicroUsd != that.EarnedMicroUsd {
+		return false
+	}
+	if this.SpentMicroUsd != that.SpentMicroUsd {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Balance) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Balance)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *DepositRequest) EqualVT(that *DepositRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	if this.AmountMicroUsd != that.AmountMicroUsd {
+		return false
+	}
+	if this.Memo != that.Memo {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *DepositRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*DepositRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *DepositResponse) EqualVT(that *DepositResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.BalanceMicroUsd != that.BalanceMicroUsd {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *DepositResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*DepositResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ListTransfersRequest) EqualVT(that *ListTransfersRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	if this.All != that.All {
+		return false
+	}
+	if this.After != that.After {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ListTransfersRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ListTransfersRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ListTransfersResponse) EqualVT(that *ListTransfersResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Transfers) != len(that.Transfers) {
+		return false
+	}
+	for i, vx := range this.Transfers {
+		vy := that.Transfers[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Transfer{}
+			}
+			if q == nil {
+				q = &Transfer{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if this.More != that.More {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ListTransfersResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ListTransfersResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ClusterStatusRequest) EqualVT(that *ClusterStatusRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ClusterStatusRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ClusterStatusRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ClusterStatusResponse) EqualVT(that *ClusterStatusResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Cluster != that.Cluster {
+		return false
+	}
+	if this.Leader != that.Leader {
+		return false
+	}
+	if this.Term != that.Term {
+		return false
+	}
+	if this.AppliedIndex != that.AppliedIndex {
+		return false
+	}
+	if len(this.Nodes) != len(that.Nodes) {
+		return false
+	}
+	for i, vx := range this.Nodes {
+		vy := that.Nodes[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &NodeStatus{}
+			}
+			if q == nil {
+				q = &NodeStatus{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if this.WorkersConnected != that.WorkersConnected {
+		return false
+	}
+	if this.JobsLive != that.JobsLive {
+		return false
+	}
+	if this.AttemptsLive != that.AttemptsLive {
+		return false
+	}
+	if this.Epoch != that.Epoch {
+		return false
+	}
+	if this.Randomness != that.Randomness {
+		return false
+	}
+	if this.LedgerSumMicroUsd != that.LedgerSumMicroUsd {
+		return false
+	}
+	if string(this.StateHash) != string(that.StateHash) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ClusterStatusResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ClusterStatusResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *NodeStatus) EqualVT(that *NodeStatus) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if this.ApiAddress != that.ApiAddress {
+		return false
+	}
+	if this.RaftAddress != that.RaftAddress {
+		return false
+	}
+	if this.Leader != that.Leader {
+		return false
+	}
+	if this.InCommittee != that.InCommittee {
+		return false
+	}
+	if this.Note != that.Note {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *NodeStatus) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*NodeStatus)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *WorkerMessage) EqualVT(that *WorkerMessage) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Message == nil && that.Message != nil {
+		return false
+	} else if this.Message != nil {
+		if that.Message == nil {
+			return false
+		}
+		if !this.Message.(interface {
+			EqualVT(isWorkerMessage_Message) bool
+		}).EqualVT(that.Message) {
+			return false
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *WorkerMessage) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*WorkerMessage)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *WorkerMessage_Hello) EqualVT(thatIface isWorkerMessage_Message) bool {
+	that, ok := thatIface.(*WorkerMessage_Hello)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Hello, that.Hello; p != q {
+		if p == nil {
+			p = &WorkerHello{}
+		}
+		if q == nil {
+			q = &WorkerHello{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *WorkerMessage_Proof) EqualVT(thatIface isWorkerMessage_Message) bool {
+	that, ok := thatIface.(*WorkerMessage_Proof)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Proof, that.Proof; p != q {
+		if p == nil {
+			p = &WorkerProof{}
+		}
+		if q == nil {
+			q = &WorkerProof{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *WorkerMessage_Heartbeat) EqualVT(thatIface isWorkerMessage_Message) bool {
+	that, ok := thatIface.(*WorkerMessage_Heartbeat)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Heartbeat, that.Heartbeat; p != q {
+		if p == nil {
+			p = &Heartbeat{}
+		}
+		if q == nil {
+			q = &Heartbeat{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *WorkerMessage_Started) EqualVT(thatIface isWorkerMessage_Message) bool {
+	that, ok := thatIface.(*WorkerMessage_Started)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Started, that.Started; p != q {
+		if p == nil {
+			p = &AttemptStarted{}
+		}
+		if q == nil {
+			q = &AttemptStarted{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *WorkerMessage_Commit) EqualVT(thatIface isWorkerMessage_Message) bool {
+	that, ok := thatIface.(*WorkerMessage_Commit)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Commit, that.Commit; p != q {
+		if p == nil {
+			p = &Commit{}
+		}
+		if q == nil {
+			q = &Commit{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *WorkerMessage_Failed) EqualVT(thatIface isWorkerMessage_Message) bool {
+	that, ok := thatIface.(*WorkerMessage_Failed)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Failed, that.Failed; p != q {
+		if p == nil {
+			p = &AttemptFailed{}
+		}
+		if q == nil {
+			q = &AttemptFailed{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *WorkerHello) EqualVT(that *WorkerHello) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if string(this.PublicKey) != string(that.PublicKey) {
+		return false
+	}
+	if this.Name != that.Name {
+		return false
+	}
+	if !this.Capacity.EqualVT(that.Capacity) {
+		return false
+	}
+	if this.PriceMicroUsdPerHour != that.PriceMicroUsdPerHour {
+		return false
+	}
+	if this.AllowNetwork != that.AllowNetwork {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *WorkerHello) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*WorkerHello)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *WorkerProof) EqualVT(that *WorkerProof) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if string(this.Signature) != string(that.Signature) {
+		return false
+	}
+	if len(this.Running) != len(that.Running) {
+		return false
+	}
+	for i, vx := range this.Running {
+		vy := that.Running[i]
+		if vx != vy {
+			return false
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *WorkerProof) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*WorkerProof)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Heartbeat) EqualVT(that *Heartbeat) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Running) != len(that.Running) {
+		return false
+	}
+	for i, vx := range this.Running {
+		vy := that.Running[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Logs) != len(that.Logs) {
+		return false
+	}
+	for i, vx := range this.Logs {
+		vy := that.Logs[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &LogTail{}
+			}
+			if q == nil {
+				q = &LogTail{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if len(this.Cached) != len(that.Cached) {
+		return false
+	}
+	for i, vx := range this.Cached {
+		vy := that.Cached[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.Full != that.Full {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Heartbeat) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Heartbeat)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *LogTail) EqualVT(that *LogTail) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if string(this.Data) != string(that.Data) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *LogTail) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*LogTail)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *AttemptStarted) EqualVT(that *AttemptStarted) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *AttemptStarted) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*AttemptStarted)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *AttemptFailed) EqualVT(that *AttemptFailed) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if this.Reason != that.Reason {
+		return false
+	}
+	if this.Blame != that.Blame {
+		return false
+	}
+	if this.ExitCode != that.ExitCode {
+		return false
+	}
+	if this.LogDigest != that.LogDigest {
+		return false
+	}
+	if this.Cancelled != that.Cancelled {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *AttemptFailed) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*AttemptFailed)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *SchedulerMessage) EqualVT(that *SchedulerMessage) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Message == nil && that.Message != nil {
+		return false
+	} else if this.Message != nil {
+		if that.Message == nil {
+			return false
+		}
+		if !this.Message.(interface {
+			EqualVT(isSchedulerMessage_Message) bool
+		}).EqualVT(that.Message) {
+			return false
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *SchedulerMessage) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*SchedulerMessage)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *SchedulerMessage_Challenge) EqualVT(thatIface isSchedulerMessage_Message) bool {
+	that, ok := thatIface.(*SchedulerMessage_Challenge)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Challenge, that.Challenge; p != q {
+		if p == nil {
+			p = &Challenge{}
+		}
+		if q == nil {
+			q = &Challenge{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SchedulerMessage_Welcome) EqualVT(thatIface isSchedulerMessage_Message) bool {
+	that, ok := thatIface.(*SchedulerMessage_Welcome)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Welcome, that.Welcome; p != q {
+		if p == nil {
+			p = &Welcome{}
+		}
+		if q == nil {
+			q = &Welcome{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SchedulerMessage_Assign) EqualVT(thatIface isSchedulerMessage_Message) bool {
+	that, ok := thatIface.(*SchedulerMessage_Assign)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Assign, that.Assign; p != q {
+		if p == nil {
+			p = &Assignment{}
+		}
+		if q == nil {
+			q = &Assignment{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SchedulerMessage_Stop) EqualVT(thatIface isSchedulerMessage_Message) bool {
+	that, ok := thatIface.(*SchedulerMessage_Stop)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Stop, that.Stop; p != q {
+		if p == nil {
+			p = &Stop{}
+		}
+		if q == nil {
+			q = &Stop{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SchedulerMessage_Outcome) EqualVT(thatIface isSchedulerMessage_Message) bool {
+	that, ok := thatIface.(*SchedulerMessage_Outcome)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Outcome, that.Outcome; p != q {
+		if p == nil {
+			p = &Outcome{}
+		}
+		if q == nil {
+			q = &Outcome{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *Challenge) EqualVT(that *Challenge) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if string(this.Nonce) != string(that.Nonce) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Challenge) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Challenge)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Welcome) EqualVT(that *Welcome) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Worker != that.Worker {
+		return false
+	}
+	if this.LeaseTtlMs != that.LeaseTtlMs {
+		return false
+	}
+	if this.HeartbeatMs != that.HeartbeatMs {
+		return false
+	}
+	if len(this.Keep) != len(that.Keep) {
+		return false
+	}
+	for i, vx := range this.Keep {
+		vy := that.Keep[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Stop) != len(that.Stop) {
+		return false
+	}
+	for i, vx := range this.Stop {
+		vy := that.Stop[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Schedulers) != len(that.Schedulers) {
+		return false
+	}
+	for i, vx := range this.Schedulers {
+		vy := that.Schedulers[i]
+		if vx != vy {
+			return false
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Welcome) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Welcome)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Assignment) EqualVT(that *Assignment) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if !this.Image.EqualVT(that.Image) {
+		return false
+	}
+	if len(this.Command) != len(that.Command) {
+		return false
+	}
+	for i, vx := range this.Command {
+		vy := that.Command[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Env) != len(that.Env) {
+		return false
+	}
+	for i, vx := range this.Env {
+		vy := that.Env[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &EnvVar{}
+			}
+			if q == nil {
+				q = &EnvVar{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if len(this.Inputs) != len(that.Inputs) {
+		return false
+	}
+	for i, vx := range this.Inputs {
+		vy := that.Inputs[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Input{}
+			}
+			if q == nil {
+				q = &Input{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if !this.Items.EqualVT(that.Items) {
+		return false
+	}
+	if len(this.Indexes) != len(that.Indexes) {
+		return false
+	}
+	for i, vx := range this.Indexes {
+		vy := that.Indexes[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if !this.Resources.EqualVT(that.Resources) {
+		return false
+	}
+	if len(this.Devices) != len(that.Devices) {
+		return false
+	}
+	for i, vx := range this.Devices {
+		vy := that.Devices[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.TimeoutMs != that.TimeoutMs {
+		return false
+	}
+	if this.Outputs != that.Outputs {
+		return false
+	}
+	if this.Network != that.Network {
+		return false
+	}
+	if this.PriceMicroUsdPerHour != that.PriceMicroUsdPerHour {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Assignment) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Assignment)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Stop) EqualVT(that *Stop) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if this.Reason != that.Reason {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Stop) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Stop)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Outcome) EqualVT(that *Outcome) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if this.Accepted != that.Accepted {
+		return false
+	}
+	if this.Reason != that.Reason {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Outcome) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Outcome)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *JoinRequest) EqualVT(that *JoinRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if !this.Node.EqualVT(that.Node) {
+		return false
+	}
+	if string(this.Signature) != string(that.Signature) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *JoinRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*JoinRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *JoinResponse) EqualVT(that *JoinResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Cluster != that.Cluster {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *JoinResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*JoinResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ProposeRequest) EqualVT(that *ProposeRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Node != that.Node {
+		return false
+	}
+	if !this.Command.EqualVT(that.Command) {
+		return false
+	}
+	if string(this.Signature) != string(that.Signature) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ProposeRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ProposeRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ProposeResponse) EqualVT(that *ProposeResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if !this.Answer.EqualVT(that.Answer) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ProposeResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ProposeResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
 func (m *SubmitJobRequest) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil

@@ -1106,8 +1106,9 @@ type Job struct {
 	CheckedItems    uint64                 `protobuf:"varint,19,opt,name=checked_items,json=checkedItems,proto3" json:"checked_items,omitempty"`
 	Caught          uint64                 `protobuf:"varint,20,opt,name=caught,proto3" json:"caught,omitempty"`
 	SpentMicroUsd   int64                  `protobuf:"varint,21,opt,name=spent_micro_usd,json=spentMicroUsd,proto3" json:"spent_micro_usd,omitempty"`
-	LiveAttempts    uint32                 `protobuf:"varint,22,opt,name=live_attempts,json=liveAttempts,proto3" json:"live_attempts,omitempty"`
-	LiveChecks      uint32                 `protobuf:"varint,23,opt,name=live_checks,json=liveChecks,proto3" json:"live_checks,omitempty"` // disputes that are not decided
+	LiveAttempts    uint32                 `protobuf:"varint,22,opt,name=live_attempts,json=liveAttempts,proto3" json:"live_attempts,omitempty"` // whose hold is open
+	OpenChecks      uint32                 `protobuf:"varint,23,opt,name=open_checks,json=openChecks,proto3" json:"open_checks,omitempty"`       // that have no verdict yet
+	Settled         bool                   `protobuf:"varint,24,opt,name=settled,proto3" json:"settled,omitempty"`                               // nothing of it can cost or pay any more
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1296,11 +1297,18 @@ func (x *Job) GetLiveAttempts() uint32 {
 	return 0
 }
 
-func (x *Job) GetLiveChecks() uint32 {
+func (x *Job) GetOpenChecks() uint32 {
 	if x != nil {
-		return x.LiveChecks
+		return x.OpenChecks
 	}
 	return 0
+}
+
+func (x *Job) GetSettled() bool {
+	if x != nil {
+		return x.Settled
+	}
+	return false
 }
 
 type Task struct {
@@ -1312,6 +1320,8 @@ type Task struct {
 	Result        string                 `protobuf:"bytes,5,opt,name=result,proto3" json:"result,omitempty"` // the committed attempt
 	Failures      uint32                 `protobuf:"varint,6,opt,name=failures,proto3" json:"failures,omitempty"`
 	AvoidOwners   []string               `protobuf:"bytes,7,rep,name=avoid_owners,json=avoidOwners,proto3" json:"avoid_owners,omitempty"`
+	LastExitCode  int32                  `protobuf:"varint,8,opt,name=last_exit_code,json=lastExitCode,proto3" json:"last_exit_code,omitempty"` // of the failure blamed on the job
+	LastExitOwner string                 `protobuf:"bytes,9,opt,name=last_exit_owner,json=lastExitOwner,proto3" json:"last_exit_owner,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1395,6 +1405,20 @@ func (x *Task) GetAvoidOwners() []string {
 	return nil
 }
 
+func (x *Task) GetLastExitCode() int32 {
+	if x != nil {
+		return x.LastExitCode
+	}
+	return 0
+}
+
+func (x *Task) GetLastExitOwner() string {
+	if x != nil {
+		return x.LastExitOwner
+	}
+	return ""
+}
+
 type Attempt struct {
 	state                protoimpl.MessageState `protogen:"open.v1"`
 	Id                   string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1421,6 +1445,7 @@ type Attempt struct {
 	ExitCode             int32                  `protobuf:"varint,22,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	LogDigest            string                 `protobuf:"bytes,23,opt,name=log_digest,json=logDigest,proto3" json:"log_digest,omitempty"`
 	Batch                uint64                 `protobuf:"varint,24,opt,name=batch,proto3" json:"batch,omitempty"` // epoch of its draw
+	Hold                 uint64                 `protobuf:"varint,25,opt,name=hold,proto3" json:"hold,omitempty"`   // ledger transfer
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -1619,6 +1644,13 @@ func (x *Attempt) GetLogDigest() string {
 func (x *Attempt) GetBatch() uint64 {
 	if x != nil {
 		return x.Batch
+	}
+	return 0
+}
+
+func (x *Attempt) GetHold() uint64 {
+	if x != nil {
+		return x.Hold
 	}
 	return 0
 }
@@ -2960,7 +2992,7 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x05class\x18\x02 \x01(\tR\x05class\x12 \n" +
 	"\vapplication\x18\x03 \x01(\tR\vapplication\x12\x16\n" +
 	"\x06passed\x18\x04 \x01(\x04R\x06passed\x12\x1a\n" +
-	"\boffences\x18\x05 \x01(\x04R\boffences\"\xea\x05\n" +
+	"\boffences\x18\x05 \x01(\x04R\boffences\"\x84\x06\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaccount\x18\x02 \x01(\tR\aaccount\x12&\n" +
@@ -2985,8 +3017,9 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x06caught\x18\x14 \x01(\x04R\x06caught\x12&\n" +
 	"\x0fspent_micro_usd\x18\x15 \x01(\x03R\rspentMicroUsd\x12#\n" +
 	"\rlive_attempts\x18\x16 \x01(\rR\fliveAttempts\x12\x1f\n" +
-	"\vlive_checks\x18\x17 \x01(\rR\n" +
-	"liveChecks\"\xcf\x01\n" +
+	"\vopen_checks\x18\x17 \x01(\rR\n" +
+	"openChecks\x12\x18\n" +
+	"\asettled\x18\x18 \x01(\bR\asettled\"\x9d\x02\n" +
 	"\x04Task\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\rR\x06number\x12*\n" +
@@ -2994,7 +3027,9 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\battempts\x18\x04 \x03(\tR\battempts\x12\x16\n" +
 	"\x06result\x18\x05 \x01(\tR\x06result\x12\x1a\n" +
 	"\bfailures\x18\x06 \x01(\rR\bfailures\x12!\n" +
-	"\favoid_owners\x18\a \x03(\tR\vavoidOwners\"\xed\x05\n" +
+	"\favoid_owners\x18\a \x03(\tR\vavoidOwners\x12$\n" +
+	"\x0elast_exit_code\x18\b \x01(\x05R\flastExitCode\x12&\n" +
+	"\x0flast_exit_owner\x18\t \x01(\tR\rlastExitOwner\"\x81\x06\n" +
 	"\aAttempt\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03job\x18\x02 \x01(\tR\x03job\x12\x12\n" +
@@ -3021,7 +3056,8 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\texit_code\x18\x16 \x01(\x05R\bexitCode\x12\x1d\n" +
 	"\n" +
 	"log_digest\x18\x17 \x01(\tR\tlogDigest\x12\x14\n" +
-	"\x05batch\x18\x18 \x01(\x04R\x05batch\"\x8b\x02\n" +
+	"\x05batch\x18\x18 \x01(\x04R\x05batch\x12\x12\n" +
+	"\x04hold\x18\x19 \x01(\x04R\x04hold\"\x8b\x02\n" +
 	"\x06Commit\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\fR\x04root\x12'\n" +

@@ -233,7 +233,8 @@ func (m *Job) CloneVT() *Job {
 	r.Caught = m.Caught
 	r.SpentMicroUsd = m.SpentMicroUsd
 	r.LiveAttempts = m.LiveAttempts
-	r.LiveChecks = m.LiveChecks
+	r.OpenChecks = m.OpenChecks
+	r.Settled = m.Settled
 	if rhs := m.PermutationKey; rhs != nil {
 		tmpBytes := make([]byte, len(rhs))
 		copy(tmpBytes, rhs)
@@ -265,6 +266,8 @@ func (m *Task) CloneVT() *Task {
 	r.State = m.State
 	r.Result = m.Result
 	r.Failures = m.Failures
+	r.LastExitCode = m.LastExitCode
+	r.LastExitOwner = m.LastExitOwner
 	if rhs := m.Attempts; rhs != nil {
 		tmpContainer := make([]string, len(rhs))
 		copy(tmpContainer, rhs)
@@ -313,6 +316,7 @@ func (m *Attempt) CloneVT() *Attempt {
 	r.ExitCode = m.ExitCode
 	r.LogDigest = m.LogDigest
 	r.Batch = m.Batch
+	r.Hold = m.Hold
 	if rhs := m.Devices; rhs != nil {
 		tmpContainer := make([]string, len(rhs))
 		copy(tmpContainer, rhs)
@@ -816,6 +820,1392 @@ func (m *SnapshotEnd) CloneMessageVT() proto.Message {
 	return m.CloneVT()
 }
 
+func (this *Account) EqualVT(that *Account) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if this.CreatedUnixMs != that.CreatedUnixMs {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Account) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Account)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Key) EqualVT(that *Key) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if string(this.Hash) != string(that.Hash) {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	if this.Role != that.Role {
+		return false
+	}
+	if this.CreatedUnixMs != that.CreatedUnixMs {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Key) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Key)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Node) EqualVT(that *Node) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if string(this.PublicKey) != string(that.PublicKey) {
+		return false
+	}
+	if this.ApiAddress != that.ApiAddress {
+		return false
+	}
+	if this.RaftAddress != that.RaftAddress {
+		return false
+	}
+	if string(this.Tip) != string(that.Tip) {
+		return false
+	}
+	if this.Reveals != that.Reveals {
+		return false
+	}
+	if this.LeftReason != that.LeftReason {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Node) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Node)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Device) EqualVT(that *Device) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Index != that.Index {
+		return false
+	}
+	if this.Uuid != that.Uuid {
+		return false
+	}
+	if this.Name != that.Name {
+		return false
+	}
+	if this.MemoryBytes != that.MemoryBytes {
+		return false
+	}
+	if this.ComputeCapability != that.ComputeCapability {
+		return false
+	}
+	if this.Architecture != that.Architecture {
+		return false
+	}
+	if this.Driver != that.Driver {
+		return false
+	}
+	if this.Mig != that.Mig {
+		return false
+	}
+	if this.TemperatureCelsius != that.TemperatureCelsius {
+		return false
+	}
+	if this.PowerMilliwatts != that.PowerMilliwatts {
+		return false
+	}
+	if this.UtilizationPercent != that.UtilizationPercent {
+		return false
+	}
+	if this.Unhealthy != that.Unhealthy {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Device) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Device)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Capacity) EqualVT(that *Capacity) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.MilliCpus != that.MilliCpus {
+		return false
+	}
+	if this.MemoryBytes != that.MemoryBytes {
+		return false
+	}
+	if this.DiskBytes != that.DiskBytes {
+		return false
+	}
+	if len(this.Devices) != len(that.Devices) {
+		return false
+	}
+	for i, vx := range this.Devices {
+		vy := that.Devices[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Device{}
+			}
+			if q == nil {
+				q = &Device{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if this.NoGpuReason != that.NoGpuReason {
+		return false
+	}
+	if len(this.Runtimes) != len(that.Runtimes) {
+		return false
+	}
+	for i, vx := range this.Runtimes {
+		vy := that.Runtimes[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.Platform != that.Platform {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Capacity) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Capacity)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Worker) EqualVT(that *Worker) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if string(this.PublicKey) != string(that.PublicKey) {
+		return false
+	}
+	if this.Owner != that.Owner {
+		return false
+	}
+	if this.Name != that.Name {
+		return false
+	}
+	if !this.Capacity.EqualVT(that.Capacity) {
+		return false
+	}
+	if this.PriceMicroUsdPerHour != that.PriceMicroUsdPerHour {
+		return false
+	}
+	if this.AllowNetwork != that.AllowNetwork {
+		return false
+	}
+	if this.Draining != that.Draining {
+		return false
+	}
+	if this.JoinedUnixMs != that.JoinedUnixMs {
+		return false
+	}
+	if this.Finished != that.Finished {
+		return false
+	}
+	if this.Failed != that.Failed {
+		return false
+	}
+	if this.Caught != that.Caught {
+		return false
+	}
+	if this.FailuresInARow != that.FailuresInARow {
+		return false
+	}
+	if this.BackoffUntilUnixMs != that.BackoffUntilUnixMs {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Worker) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Worker)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Record) EqualVT(that *Record) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Owner != that.Owner {
+		return false
+	}
+	if this.Class != that.Class {
+		return false
+	}
+	if this.Application != that.Application {
+		return false
+	}
+	if this.Passed != that.Passed {
+		return false
+	}
+	if this.Offences != that.Offences {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Record) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Record)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Job) EqualVT(that *Job) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if this.Account != that.Account {
+		return false
+	}
+	if !this.Spec.EqualVT(that.Spec) {
+		return false
+	}
+	if this.State != that.State {
+		return false
+	}
+	if this.Reason != that.Reason {
+		return false
+	}
+	if this.SubmittedUnixMs != that.SubmittedUnixMs {
+		return false
+	}
+	if this.EndedUnixMs != that.EndedUnixMs {
+		return false
+	}
+	if string(this.PermutationKey) != string(that.PermutationKey) {
+		return false
+	}
+	if this.Sequence != that.Sequence {
+		return false
+	}
+	if this.Items != that.Items {
+		return false
+	}
+	if this.Tasks != that.Tasks {
+		return false
+	}
+	if this.NextTask != that.NextTask {
+		return false
+	}
+	if len(this.Requeued) != len(that.Requeued) {
+		return false
+	}
+	for i, vx := range this.Requeued {
+		vy := that.Requeued[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.TasksVerified != that.TasksVerified {
+		return false
+	}
+	if this.ItemsCommitted != that.ItemsCommitted {
+		return false
+	}
+	if this.ItemsVerified != that.ItemsVerified {
+		return false
+	}
+	if this.Attempts != that.Attempts {
+		return false
+	}
+	if this.Checks != that.Checks {
+		return false
+	}
+	if this.CheckedItems != that.CheckedItems {
+		return false
+	}
+	if this.Caught != that.Caught {
+		return false
+	}
+	if this.SpentMicroUsd != that.SpentMicroUsd {
+		return false
+	}
+	if this.LiveAttempts != that.LiveAttempts {
+		return false
+	}
+	if this.OpenChecks != that.OpenChecks {
+		return false
+	}
+	if this.Settled != that.Settled {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Job) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Job)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Task) EqualVT(that *Task) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.Number != that.Number {
+		return false
+	}
+	if this.State != that.State {
+		return false
+	}
+	if len(this.Attempts) != len(that.Attempts) {
+		return false
+	}
+	for i, vx := range this.Attempts {
+		vy := that.Attempts[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.Result != that.Result {
+		return false
+	}
+	if this.Failures != that.Failures {
+		return false
+	}
+	if len(this.AvoidOwners) != len(that.AvoidOwners) {
+		return false
+	}
+	for i, vx := range this.AvoidOwners {
+		vy := that.AvoidOwners[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.LastExitCode != that.LastExitCode {
+		return false
+	}
+	if this.LastExitOwner != that.LastExitOwner {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Task) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Task)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Attempt) EqualVT(that *Attempt) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.Task != that.Task {
+		return false
+	}
+	if this.Check != that.Check {
+		return false
+	}
+	if this.Worker != that.Worker {
+		return false
+	}
+	if this.Owner != that.Owner {
+		return false
+	}
+	if this.Class != that.Class {
+		return false
+	}
+	if len(this.Devices) != len(that.Devices) {
+		return false
+	}
+	for i, vx := range this.Devices {
+		vy := that.Devices[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Items) != len(that.Items) {
+		return false
+	}
+	for i, vx := range this.Items {
+		vy := that.Items[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.State != that.State {
+		return false
+	}
+	if this.PriceMicroUsdPerHour != that.PriceMicroUsdPerHour {
+		return false
+	}
+	if this.HoldMicroUsd != that.HoldMicroUsd {
+		return false
+	}
+	if this.Payer != that.Payer {
+		return false
+	}
+	if this.PaidMicroUsd != that.PaidMicroUsd {
+		return false
+	}
+	if this.PlacedUnixMs != that.PlacedUnixMs {
+		return false
+	}
+	if this.StartedUnixMs != that.StartedUnixMs {
+		return false
+	}
+	if this.CommittedUnixMs != that.CommittedUnixMs {
+		return false
+	}
+	if this.EndedUnixMs != that.EndedUnixMs {
+		return false
+	}
+	if !this.Commit.EqualVT(that.Commit) {
+		return false
+	}
+	if this.Reason != that.Reason {
+		return false
+	}
+	if this.Blame != that.Blame {
+		return false
+	}
+	if this.ExitCode != that.ExitCode {
+		return false
+	}
+	if this.LogDigest != that.LogDigest {
+		return false
+	}
+	if this.Batch != that.Batch {
+		return false
+	}
+	if this.Hold != that.Hold {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Attempt) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Attempt)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Commit) EqualVT(that *Commit) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if string(this.Root) != string(that.Root) {
+		return false
+	}
+	if this.ManifestDigest != that.ManifestDigest {
+		return false
+	}
+	if this.ArchiveDigest != that.ArchiveDigest {
+		return false
+	}
+	if this.ArchiveBytes != that.ArchiveBytes {
+		return false
+	}
+	if this.OutputBytes != that.OutputBytes {
+		return false
+	}
+	if string(this.Signature) != string(that.Signature) {
+		return false
+	}
+	if this.LogDigest != that.LogDigest {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Commit) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Commit)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Manifest) EqualVT(that *Manifest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Attempt != that.Attempt {
+		return false
+	}
+	if len(this.Items) != len(that.Items) {
+		return false
+	}
+	for i, vx := range this.Items {
+		vy := that.Items[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &ManifestItem{}
+			}
+			if q == nil {
+				q = &ManifestItem{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Manifest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Manifest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *ManifestItem) EqualVT(that *ManifestItem) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Index != that.Index {
+		return false
+	}
+	if string(this.InputDigest) != string(that.InputDigest) {
+		return false
+	}
+	if string(this.ParametersDigest) != string(that.ParametersDigest) {
+		return false
+	}
+	if string(this.OutputDigest) != string(that.OutputDigest) {
+		return false
+	}
+	if this.Offset != that.Offset {
+		return false
+	}
+	if this.Length != that.Length {
+		return false
+	}
+	if this.OutputBytes != that.OutputBytes {
+		return false
+	}
+	if this.Files != that.Files {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *ManifestItem) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*ManifestItem)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Check) EqualVT(that *Check) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if this.Job != that.Job {
+		return false
+	}
+	if this.Target != that.Target {
+		return false
+	}
+	if len(this.Items) != len(that.Items) {
+		return false
+	}
+	for i, vx := range this.Items {
+		vy := that.Items[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Runs) != len(that.Runs) {
+		return false
+	}
+	for i, vx := range this.Runs {
+		vy := that.Runs[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Comparisons) != len(that.Comparisons) {
+		return false
+	}
+	for i, vx := range this.Comparisons {
+		vy := that.Comparisons[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Comparison{}
+			}
+			if q == nil {
+				q = &Comparison{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if this.Verdict != that.Verdict {
+		return false
+	}
+	if this.Reason != that.Reason {
+		return false
+	}
+	if this.OpenedUnixMs != that.OpenedUnixMs {
+		return false
+	}
+	if this.FailedRuns != that.FailedRuns {
+		return false
+	}
+	if this.Relaxed != that.Relaxed {
+		return false
+	}
+	if this.ClosedUnixMs != that.ClosedUnixMs {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Check) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Check)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Comparison) EqualVT(that *Comparison) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.A != that.A {
+		return false
+	}
+	if this.B != that.B {
+		return false
+	}
+	if this.Match != that.Match {
+		return false
+	}
+	if this.Detail != that.Detail {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Comparison) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Comparison)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Batch) EqualVT(that *Batch) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Epoch != that.Epoch {
+		return false
+	}
+	if string(this.Digest) != string(that.Digest) {
+		return false
+	}
+	if len(this.Attempts) != len(that.Attempts) {
+		return false
+	}
+	for i, vx := range this.Attempts {
+		vy := that.Attempts[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Committee) != len(that.Committee) {
+		return false
+	}
+	for i, vx := range this.Committee {
+		vy := that.Committee[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Reveals) != len(that.Reveals) {
+		return false
+	}
+	for i, vx := range this.Reveals {
+		vy := that.Reveals[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Reveal{}
+			}
+			if q == nil {
+				q = &Reveal{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if this.ClosedUnixMs != that.ClosedUnixMs {
+		return false
+	}
+	if string(this.Seed) != string(that.Seed) {
+		return false
+	}
+	if this.FailedClosed != that.FailedClosed {
+		return false
+	}
+	if this.Drawn != that.Drawn {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Batch) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Batch)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Reveal) EqualVT(that *Reveal) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Node != that.Node {
+		return false
+	}
+	if this.Epoch != that.Epoch {
+		return false
+	}
+	if string(this.Value) != string(that.Value) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Reveal) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Reveal)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Transfer) EqualVT(that *Transfer) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if this.TimeUnixMs != that.TimeUnixMs {
+		return false
+	}
+	if this.Kind != that.Kind {
+		return false
+	}
+	if this.Debit != that.Debit {
+		return false
+	}
+	if this.Credit != that.Credit {
+		return false
+	}
+	if this.AmountMicroUsd != that.AmountMicroUsd {
+		return false
+	}
+	if this.Ref != that.Ref {
+		return false
+	}
+	if this.Memo != that.Memo {
+		return false
+	}
+	if this.Pending != that.Pending {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Transfer) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Transfer)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Answered) EqualVT(that *Answered) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Command != that.Command {
+		return false
+	}
+	if !this.Answer.EqualVT(that.Answer) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Answered) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Answered)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Answer) EqualVT(that *Answer) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.ErrorKind != that.ErrorKind {
+		return false
+	}
+	if this.Error != that.Error {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Answer) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Answer)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *SnapshotHeader) EqualVT(that *SnapshotHeader) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Format != that.Format {
+		return false
+	}
+	if this.JobSequence != that.JobSequence {
+		return false
+	}
+	if this.TransferSequence != that.TransferSequence {
+		return false
+	}
+	if this.Epoch != that.Epoch {
+		return false
+	}
+	if len(this.OpenBatch) != len(that.OpenBatch) {
+		return false
+	}
+	for i, vx := range this.OpenBatch {
+		vy := that.OpenBatch[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.Cluster != that.Cluster {
+		return false
+	}
+	if this.TimeUnixMs != that.TimeUnixMs {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *SnapshotHeader) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*SnapshotHeader)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *SnapshotRecord) EqualVT(that *SnapshotRecord) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Record == nil && that.Record != nil {
+		return false
+	} else if this.Record != nil {
+		if that.Record == nil {
+			return false
+		}
+		if !this.Record.(interface {
+			EqualVT(isSnapshotRecord_Record) bool
+		}).EqualVT(that.Record) {
+			return false
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *SnapshotRecord) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*SnapshotRecord)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *SnapshotRecord_Header) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Header)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Header, that.Header; p != q {
+		if p == nil {
+			p = &SnapshotHeader{}
+		}
+		if q == nil {
+			q = &SnapshotHeader{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Account) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Account)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Account, that.Account; p != q {
+		if p == nil {
+			p = &Account{}
+		}
+		if q == nil {
+			q = &Account{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Key) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Key)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Key, that.Key; p != q {
+		if p == nil {
+			p = &Key{}
+		}
+		if q == nil {
+			q = &Key{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Node) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Node)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Node, that.Node; p != q {
+		if p == nil {
+			p = &Node{}
+		}
+		if q == nil {
+			q = &Node{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Worker) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Worker)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Worker, that.Worker; p != q {
+		if p == nil {
+			p = &Worker{}
+		}
+		if q == nil {
+			q = &Worker{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Job) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Job)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Job, that.Job; p != q {
+		if p == nil {
+			p = &Job{}
+		}
+		if q == nil {
+			q = &Job{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Task) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Task)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Task, that.Task; p != q {
+		if p == nil {
+			p = &Task{}
+		}
+		if q == nil {
+			q = &Task{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Attempt) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Attempt)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Attempt, that.Attempt; p != q {
+		if p == nil {
+			p = &Attempt{}
+		}
+		if q == nil {
+			q = &Attempt{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Check) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Check)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Check, that.Check; p != q {
+		if p == nil {
+			p = &Check{}
+		}
+		if q == nil {
+			q = &Check{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Batch) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Batch)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Batch, that.Batch; p != q {
+		if p == nil {
+			p = &Batch{}
+		}
+		if q == nil {
+			q = &Batch{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Transfer) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Transfer)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Transfer, that.Transfer; p != q {
+		if p == nil {
+			p = &Transfer{}
+		}
+		if q == nil {
+			q = &Transfer{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Track) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Track)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Track, that.Track; p != q {
+		if p == nil {
+			p = &Record{}
+		}
+		if q == nil {
+			q = &Record{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_Answered) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Answered)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Answered, that.Answered; p != q {
+		if p == nil {
+			p = &Answered{}
+		}
+		if q == nil {
+			q = &Answered{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_End) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_End)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.End, that.End; p != q {
+		if p == nil {
+			p = &SnapshotEnd{}
+		}
+		if q == nil {
+			q = &SnapshotEnd{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotEnd) EqualVT(that *SnapshotEnd) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Records != that.Records {
+		return false
+	}
+	if string(this.Sha256) != string(that.Sha256) {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *SnapshotEnd) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*SnapshotEnd)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
 func (m *Account) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil
@@ -1408,8 +2798,20 @@ func (m *Job) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
-	if m.LiveChecks != 0 {
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.LiveChecks))
+	if m.Settled {
+		i--
+		if m.Settled {
+			dAtA[i] = 1
+		} else {
+			dAtA[i] = 0
+		}
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0xc0
+	}
+	if m.OpenChecks != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.OpenChecks))
 		i--
 		dAtA[i] = 0x1
 		i--
@@ -1600,6 +3002,18 @@ func (m *Task) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if len(m.LastExitOwner) > 0 {
+		i -= len(m.LastExitOwner)
+		copy(dAtA[i:], m.LastExitOwner)
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.LastExitOwner)))
+		i--
+		dAtA[i] = 0x4a
+	}
+	if m.LastExitCode != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.LastExitCode))
+		i--
+		dAtA[i] = 0x40
+	}
 	if len(m.AvoidOwners) > 0 {
 		for iNdEx := len(m.AvoidOwners) - 1; iNdEx >= 0; iNdEx-- {
 			i -= len(m.AvoidOwners[iNdEx])
@@ -1679,6 +3093,13 @@ func (m *Attempt) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.Hold != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Hold))
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0xc8
 	}
 	if m.Batch != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Batch))
@@ -3438,8 +4859,11 @@ func (m *Job) SizeVT() (n int) {
 	if m.LiveAttempts != 0 {
 		n += 2 + protohelpers.SizeOfVarint(uint64(m.LiveAttempts))
 	}
-	if m.LiveChecks != 0 {
-		n += 2 + protohelpers.SizeOfVarint(uint64(m.LiveChecks))
+	if m.OpenChecks != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.OpenChecks))
+	}
+	if m.Settled {
+		n += 3
 	}
 	n += len(m.unknownFields)
 	return n
@@ -3479,6 +4903,13 @@ func (m *Task) SizeVT() (n int) {
 			l = len(s)
 			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 		}
+	}
+	if m.LastExitCode != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.LastExitCode))
+	}
+	l = len(m.LastExitOwner)
+	if l > 0 {
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -3578,6 +5009,9 @@ func (m *Attempt) SizeVT() (n int) {
 	}
 	if m.Batch != 0 {
 		n += 2 + protohelpers.SizeOfVarint(uint64(m.Batch))
+	}
+	if m.Hold != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.Hold))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -6459,9 +7893,9 @@ func (m *Job) UnmarshalVT(dAtA []byte) error {
 			}
 		case 23:
 			if wireType != 0 {
-				return fmt.Errorf("proto: wrong wireType = %d for field LiveChecks", wireType)
+				return fmt.Errorf("proto: wrong wireType = %d for field OpenChecks", wireType)
 			}
-			m.LiveChecks = 0
+			m.OpenChecks = 0
 			for shift := uint(0); ; shift += 7 {
 				if shift >= 64 {
 					return protohelpers.ErrIntOverflow
@@ -6471,11 +7905,31 @@ func (m *Job) UnmarshalVT(dAtA []byte) error {
 				}
 				b := dAtA[iNdEx]
 				iNdEx++
-				m.LiveChecks |= uint32(b&0x7F) << shift
+				m.OpenChecks |= uint32(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
 			}
+		case 24:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Settled", wireType)
+			}
+			var v int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				v |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			m.Settled = bool(v != 0)
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -6711,6 +8165,57 @@ func (m *Task) UnmarshalVT(dAtA []byte) error {
 				return io.ErrUnexpectedEOF
 			}
 			m.AvoidOwners = append(m.AvoidOwners, string(dAtA[iNdEx:postIndex]))
+			iNdEx = postIndex
+		case 8:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field LastExitCode", wireType)
+			}
+			m.LastExitCode = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.LastExitCode |= int32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 9:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field LastExitOwner", wireType)
+			}
+			var stringLen uint64
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				stringLen |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			intStringLen := int(stringLen)
+			if intStringLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + intStringLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.LastExitOwner = string(dAtA[iNdEx:postIndex])
 			iNdEx = postIndex
 		default:
 			iNdEx = preIndex
@@ -7419,6 +8924,25 @@ func (m *Attempt) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.Batch |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 25:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Hold", wireType)
+			}
+			m.Hold = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Hold |= uint64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}

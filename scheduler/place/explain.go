@@ -1,0 +1,55 @@
+package place
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/state"
+)
+
+// Explain says how many workers fail which constraint of a job's next task,
+// or of a check when run is given. It takes nothing from the workers.
+func Explain(nowUnixMS int64, workers []*Worker, job *musterpb.Job, run *state.WantedRun) *musterpb.ExplainJobResponse {
+	out := &musterpb.ExplainJobResponse{Workers: uint32(len(workers))}
+	counts := map[reason]uint32{}
+	for _, w := range workers {
+		if r := reject(nowUnixMS, job, run, w); r != nil {
+			counts[*r]++
+		} else {
+			out.Eligible++
+		}
+	}
+	for r, n := range counts {
+		text := r.many
+		if n == 1 {
+			text = r.one
+		}
+		out.Reasons = append(out.Reasons, &musterpb.ExplainReason{Workers: n, Text: text})
+	}
+	slices.SortFunc(out.Reasons, func(a, b *musterpb.ExplainReason) int {
+		return cmp.Or(cmp.Compare(b.Workers, a.Workers), cmp.Compare(a.Text, b.Text))
+	})
+	out.Summary = summary(out)
+	return out
+}
+
+func summary(e *musterpb.ExplainJobResponse) string {
+	if e.Workers == 0 {
+		return "no worker has joined this network"
+	}
+	var parts []string
+	if e.Eligible > 0 {
+		parts = append(parts, fmt.Sprintf("%d can take it now", e.Eligible))
+	}
+	for _, r := range e.Reasons {
+		parts = append(parts, fmt.Sprintf("%d %s", r.Workers, r.Text))
+	}
+	noun := "workers"
+	if e.Workers == 1 {
+		noun = "worker"
+	}
+	return fmt.Sprintf("%d %s: %s", e.Workers, noun, strings.Join(parts, ", "))
+}

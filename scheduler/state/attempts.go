@@ -1,0 +1,376 @@
+package state
+
+import (
+	"fmt"
+	"math/bits"
+	"slices"
+
+	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/ledger"
+)
+
+const hourMS = 3_600_000
+
+// running reports whether a worker may be busy with the attempt.
+func running(s musterpb.AttemptState) bool {
+	return s == musterpb.AttemptState_ATTEMPT_STATE_PLACED || s == musterpb.AttemptState_ATTEMPT_STATE_RUNNING
+}
+
+// Cost is the price of some time, rounded up to a micro-dollar.
+func Cost(perHour api.MicroUSD, ms int64) api.MicroUSD {
+	hi, lo := bits.Mul64(uint64(max(perHour, 0)), uint64(max(ms, 0)))
+	lo, carry := bits.Add64(lo, hourMS-1, 0)
+	q, _ := bits.Div64(hi+carry, lo, hourMS)
+	return api.MicroUSD(q)
+}
+
+// Units is how many times the hourly price an attempt costs: one per GPU, and
+// one for a job without GPUs.
+func Units(r *musterpb.Resources) int64 { return max(int64(r.GetGpus()), 1) }
+
+func (s *State) placeAttempt(c *musterpb.PlaceAttempt) (string, error) {
+	job, worker := s.jobs[c.Job], s.workers[c.Worker]
+	switch {
+	case c.Attempt == "" || s.attempts[c.Attempt] != nil:
+		return "", api.Errorf(api.Conflict, "attempt ID %q is in use", c.Attempt)
+	case job == nil:
+		return "", api.Errorf(api.NotFound, "job %q is not known", c.Job)
+	case worker == nil:
+		return "", api.Errorf(api.NotFound, "worker %q is not known", c.Worker)
+	case worker.Draining:
+		return "", api.Errorf(api.Conflict, "worker %s is draining", c.Worker)
+	case worker.PriceMicroUsdPerHour > job.Spec.MaxPriceMicroUsdPerHour:
+		return "", api.Errorf(api.Conflict, "worker %s asks %s per hour, the job pays %s", c.Worker,
+			api.MicroUSD(worker.PriceMicroUsdPerHour), api.MicroUSD(job.Spec.MaxPriceMicroUsdPerHour))
+	case uint32(len(c.Devices)) != job.Spec.Resources.GetGpus():
+		return "", api.Errorf(api.Invalid, "attempt %s has %d devices, the job needs %d", c.Attempt, len(c.Devices), job.Spec.Resources.GetGpus())
+	}
+	if busy := s.busyDevice(c.Worker, c.Devices); busy != "" {
+		return "", api.Errorf(api.Conflict, "device %s of worker %s is in use", busy, c.Worker)
+	}
+	a := &musterpb.Attempt{
+		Id: c.Attempt, Job: c.Job, Task: c.Task, Check: c.Check, Worker: c.Worker, Owner: worker.Owner, Class: c.Class, Devices: c.Devices,
+		State:                musterpb.AttemptState_ATTEMPT_STATE_PLACED,
+		PriceMicroUsdPerHour: worker.PriceMicroUsdPerHour * Units(job.Spec.Resources), PlacedUnixMs: s.now,
+	}
+	a.HoldMicroUsd = int64(max(Cost(api.MicroUSD(a.PriceMicroUsdPerHour), job.Spec.TimeoutMs), 1))
+	if c.Check != "" {
+		return c.Attempt, s.placeCheckRun(c, a)
+	}
+	return c.Attempt, s.placeWork(job, a)
+}
+
+func (s *State) placeWork(job *musterpb.Job, a *musterpb.Attempt) error {
+	if Ended(job.State) || job.State == musterpb.JobState_JOB_STATE_PAUSED {
+		return api.Errorf(api.Conflict, "job %s is %s", job.Id, StateName(job.State))
+	}
+	fresh := job.CloneVT()
+	if at := slices.Index(fresh.Requeued, a.Task); at >= 0 {
+		fresh.Requeued = slices.Delete(fresh.Requeued, at, at+1)
+	} else if a.Task == fresh.NextTask && a.Task < fresh.Tasks {
+		fresh.NextTask++
+	} else {
+		return api.Errorf(api.Conflict, "task %d of job %s is not queued", a.Task, job.Id)
+	}
+	if err := s.affords(job, a); err != nil {
+		s.pause(job, err.Error())
+		return err
+	}
+	must(s.hold(a, ledger.OfJob(job.Id)))
+	fresh.State = musterpb.JobState_JOB_STATE_RUNNING
+	fresh.Attempts++
+	fresh.LiveAttempts++
+	s.setJob(fresh)
+	task := s.task(job.Id, a.Task)
+	task.State = musterpb.TaskState_TASK_STATE_RUNNING
+	task.Attempts = append(task.Attempts, a.Id)
+	s.setTask(task)
+	s.addAttempt(a)
+	return nil
+}
+
+// affords checks that the budget covers an attempt and, for it and for all that
+// is under way, one check at the job's own price limit. Without that reserve a
+// job could spend everything on results that it then can't have judged.
+func (s *State) affords(job *musterpb.Job, a *musterpb.Attempt) error {
+	need := api.MicroUSD(a.HoldMicroUsd) + attemptLimit(job.Spec)*api.MicroUSD(job.LiveAttempts+1)
+	if free := s.ledger.Account(ledger.OfJob(job.Id)).Available(); free < need {
+		return api.Errorf(api.Exhausted, "%s of the budget is free, and another attempt with the checks that are due may cost up to %s; wait, or add to the budget with: muster job fund %s AMOUNT",
+			free, need, job.Id)
+	}
+	return nil
+}
+
+// attemptLimit is the most that one attempt of a job can cost.
+func attemptLimit(spec *musterpb.JobSpec) api.MicroUSD {
+	return max(Cost(api.MicroUSD(spec.MaxPriceMicroUsdPerHour*Units(spec.Resources)), spec.TimeoutMs), 1)
+}
+
+// LeastBudget is the least with which a job can do anything: one attempt, and
+// its check.
+func LeastBudget(spec *musterpb.JobSpec) api.MicroUSD { return 2 * attemptLimit(spec) }
+
+func (s *State) pause(job *musterpb.Job, reason string) {
+	if Ended(job.State) {
+		return
+	}
+	paused := job.CloneVT()
+	paused.State, paused.Reason = musterpb.JobState_JOB_STATE_PAUSED, reason
+	s.setJob(paused)
+}
+
+func (s *State) startAttempt(c *musterpb.StartAttempt) (string, error) {
+	a := s.attempts[c.Attempt]
+	if a == nil {
+		return "", unknownAttempt(c.Attempt)
+	}
+	if a.State != musterpb.AttemptState_ATTEMPT_STATE_PLACED {
+		return "", api.Errorf(api.Conflict, "attempt %s is %s", a.Id, StateName(a.State))
+	}
+	fresh := a.CloneVT()
+	fresh.State, fresh.StartedUnixMs = musterpb.AttemptState_ATTEMPT_STATE_RUNNING, s.now
+	s.setAttempt(fresh)
+	return a.Id, nil
+}
+
+// commitResult binds a worker to its outputs. The signature and the outputs
+// themselves were examined before the command was proposed.
+func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
+	a := s.attempts[c.Commit.GetAttempt()]
+	if a == nil {
+		return "", unknownAttempt(c.Commit.GetAttempt())
+	}
+	if a.Commit != nil && a.Commit.EqualVT(c.Commit) {
+		return a.Id, nil // the worker did not hear the first answer
+	}
+	late := a.State == musterpb.AttemptState_ATTEMPT_STATE_LOST
+	if !late && !running(a.State) {
+		return "", api.Errorf(api.Conflict, "attempt %s is over: it is %s%s", a.Id, StateName(a.State), because(a.Reason))
+	}
+	if late {
+		if err := s.reviveLost(a); err != nil {
+			return "", err
+		}
+	}
+	fresh := s.attempts[a.Id].CloneVT()
+	fresh.State, fresh.CommittedUnixMs, fresh.Commit, fresh.LogDigest = musterpb.AttemptState_ATTEMPT_STATE_COMMITTED, s.now, c.Commit, c.Commit.LogDigest
+	fresh.Reason = ""
+	if fresh.StartedUnixMs == 0 {
+		fresh.StartedUnixMs = fresh.PlacedUnixMs
+	}
+	s.setAttempt(fresh)
+	if fresh.Check != "" {
+		return a.Id, nil // the leader compares next
+	}
+	task := s.task(a.Job, a.Task)
+	for _, other := range task.Attempts {
+		if o := s.attempts[other]; other != a.Id && running(o.State) {
+			s.closeAttempt(o, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "another attempt of the task was faster")
+		}
+	}
+	task.State, task.Result = musterpb.TaskState_TASK_STATE_PROVISIONAL, a.Id
+	s.setTask(task)
+	s.changeJob(a.Job, func(job *musterpb.Job) {
+		job.ItemsCommitted += uint64(len(s.itemsOf(a)))
+		job.Requeued = slices.DeleteFunc(job.Requeued, func(n uint32) bool { return n == a.Task })
+	})
+	s.openBatch = append(slices.Clip(s.openBatch), a.Id)
+	return a.Id, nil
+}
+
+// reviveLost lets the late result of a lost attempt count where none came
+// first, and holds its price again.
+func (s *State) reviveLost(a *musterpb.Attempt) error {
+	job := s.jobs[a.Job]
+	if a.Check != "" {
+		return api.Errorf(api.Conflict, "attempt %s was lost (%s); another took its place", a.Id, a.Reason)
+	}
+	if Ended(job.State) {
+		return api.Errorf(api.Conflict, "attempt %s comes too late: the job is %s", a.Id, StateName(job.State))
+	}
+	if task := s.tasks[taskKey{a.Job, a.Task}]; task.Result != "" {
+		return api.Errorf(api.Conflict, "attempt %s comes too late: attempt %s of its task was committed first", a.Id, task.Result)
+	}
+	fresh := a.CloneVT()
+	if err := s.hold(fresh, ledger.OfJob(a.Job)); err != nil {
+		return err
+	}
+	s.setAttempt(fresh)
+	s.changeJob(a.Job, func(job *musterpb.Job) { job.LiveAttempts++ })
+	return nil
+}
+
+// endAttempt is how an attempt ends without a result.
+func (s *State) endAttempt(c *musterpb.EndAttempt) (string, error) {
+	a := s.attempts[c.Attempt]
+	if a == nil {
+		return "", unknownAttempt(c.Attempt)
+	}
+	if !running(a.State) {
+		return "", api.Errorf(api.Conflict, "attempt %s is over: it is %s%s", a.Id, StateName(a.State), because(a.Reason))
+	}
+	switch c.State {
+	case musterpb.AttemptState_ATTEMPT_STATE_FAILED, musterpb.AttemptState_ATTEMPT_STATE_LOST, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED:
+	default:
+		return "", api.Errorf(api.Invalid, "an attempt does not end as %s", StateName(c.State))
+	}
+	marked := a.CloneVT()
+	marked.Blame, marked.ExitCode, marked.LogDigest = c.Blame, c.ExitCode, c.LogDigest
+	s.setAttempt(marked)
+	s.closeAttempt(marked, c.State, c.Reason)
+	if c.Blame == musterpb.Blame_BLAME_WORKER || c.State == musterpb.AttemptState_ATTEMPT_STATE_LOST {
+		s.failedWorker(a.Worker, false)
+	}
+	if a.Check != "" {
+		s.lostCheckRun(a, c.State)
+		return a.Id, nil
+	}
+	s.failedWork(marked, c)
+	return a.Id, nil
+}
+
+// failedWork decides what a failed attempt means for its task: another owner
+// tries, or the job is at fault and stops before it burns its budget.
+func (s *State) failedWork(a *musterpb.Attempt, c *musterpb.EndAttempt) {
+	job := s.jobs[a.Job]
+	if Ended(job.State) {
+		s.settleJob(job.Id)
+		return
+	}
+	task := s.task(a.Job, a.Task)
+	if !slices.Contains(task.AvoidOwners, a.Owner) {
+		task.AvoidOwners = append(task.AvoidOwners, a.Owner)
+	}
+	sameElsewhere := false
+	switch c.Blame {
+	case musterpb.Blame_BLAME_JOB:
+		task.Failures++
+		sameElsewhere = task.LastExitOwner != "" && task.LastExitOwner != a.Owner && task.LastExitCode == c.ExitCode
+		task.LastExitCode, task.LastExitOwner = c.ExitCode, a.Owner
+	case musterpb.Blame_BLAME_WORKER:
+		task.Failures++
+	}
+	s.requeue(task)
+	if reason := s.outOfRetries(task, sameElsewhere, c.Reason); reason != "" {
+		s.endJob(s.jobs[a.Job].CloneVT(), musterpb.JobState_JOB_STATE_FAILED, reason)
+	}
+}
+
+// outOfRetries says why a task's failures end its job, or nothing.
+func (s *State) outOfRetries(task *musterpb.Task, sameElsewhere bool, last string) string {
+	switch {
+	case sameElsewhere:
+		return fmt.Sprintf("task %d fails in the same way on different owners' machines: %s", task.Number, last)
+	case task.Failures > s.jobs[task.Job].Spec.Retries:
+		return fmt.Sprintf("task %d failed %d times, %d retries are allowed; last: %s", task.Number, task.Failures, s.jobs[task.Job].Spec.Retries, last)
+	}
+	return ""
+}
+
+// hold reserves the most that an attempt can cost.
+func (s *State) hold(a *musterpb.Attempt, payer string) error {
+	id, err := s.ledger.Hold(ledger.Entry{
+		TimeUnixMS: s.now, Debit: payer, Credit: ledger.Of(a.Owner), Amount: api.MicroUSD(a.HoldMicroUsd), Ref: a.Id, Memo: "attempt of " + a.Job,
+	})
+	if err != nil {
+		return err
+	}
+	a.Hold, a.Payer = id, payer
+	return nil
+}
+
+// closeAttempt ends an attempt unpaid and voids its hold.
+func (s *State) closeAttempt(a *musterpb.Attempt, state musterpb.AttemptState, reason string) {
+	must(s.ledger.Void(a.Hold, s.now, reason))
+	s.finishAttempt(a, state, reason)
+}
+
+// payAttempt ends an attempt that was found right and posts its price.
+func (s *State) payAttempt(a *musterpb.Attempt, reason string) {
+	amount := s.price(a)
+	before := s.ledger.Account(a.Payer).Balance
+	if amount == 0 {
+		must(s.ledger.Void(a.Hold, s.now, "free of charge"))
+	} else {
+		must(s.ledger.Post(a.Hold, s.now, amount, amount*FeePPM/1_000_000, reason))
+	}
+	paid := before - s.ledger.Account(a.Payer).Balance
+	fresh := a.CloneVT()
+	fresh.PaidMicroUsd = int64(paid)
+	s.finishAttempt(fresh, musterpb.AttemptState_ATTEMPT_STATE_VERIFIED, reason)
+	if a.Payer == ledger.OfJob(a.Job) {
+		s.changeJob(a.Job, func(job *musterpb.Job) { job.SpentMicroUsd += int64(paid) })
+	}
+	s.finishedWorker(a.Worker)
+}
+
+// price is what a committed attempt costs: the time that the scheduler saw
+// between start and commit, never more than was held.
+func (s *State) price(a *musterpb.Attempt) api.MicroUSD {
+	return min(Cost(api.MicroUSD(a.PriceMicroUsdPerHour), a.CommittedUnixMs-a.StartedUnixMs), api.MicroUSD(a.HoldMicroUsd))
+}
+
+func (s *State) finishAttempt(a *musterpb.Attempt, state musterpb.AttemptState, reason string) {
+	fresh := a.CloneVT()
+	fresh.State, fresh.Reason, fresh.EndedUnixMs = state, reason, s.now
+	s.setAttempt(fresh)
+	s.changeJob(a.Job, func(job *musterpb.Job) {
+		job.LiveAttempts--
+		s.resume(job)
+	})
+}
+
+func (s *State) addAttempt(a *musterpb.Attempt) {
+	s.byJob[a.Job] = append(slices.Clip(s.byJob[a.Job]), a.Id)
+	s.setAttempt(a)
+}
+
+// setAttempt stores an attempt and keeps the index of what workers run.
+func (s *State) setAttempt(a *musterpb.Attempt) {
+	s.attempts[a.Id] = a
+	live := s.liveByWorker[a.Worker]
+	if running(a.State) {
+		if live == nil {
+			live = map[string]struct{}{}
+			s.liveByWorker[a.Worker] = live
+		}
+		live[a.Id] = struct{}{}
+		return
+	}
+	delete(live, a.Id)
+	if len(live) == 0 {
+		delete(s.liveByWorker, a.Worker)
+	}
+}
+
+// busyDevice is the first of the devices that another attempt uses.
+func (s *State) busyDevice(worker string, devices []string) string {
+	if len(devices) == 0 {
+		return ""
+	}
+	used := map[string]bool{}
+	for id := range s.liveByWorker[worker] {
+		for _, d := range s.attempts[id].Devices {
+			used[d] = true
+		}
+	}
+	for _, d := range devices {
+		if used[d] {
+			return d
+		}
+		used[d] = true
+	}
+	return ""
+}
+
+func unknownAttempt(id string) error {
+	return api.Errorf(api.NotFound, "attempt %q is not known", id)
+}
+
+func because(reason string) string {
+	if reason == "" {
+		return ""
+	}
+	return " (" + reason + ")"
+}

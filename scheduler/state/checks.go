@@ -1,0 +1,409 @@
+package state
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/ledger"
+	"github.com/musternet/muster/verify"
+)
+
+// closeBatch fixes which commits are drawn together, before any reveal. The
+// oldest commits come first, and one batch is drawn at a time.
+func (s *State) closeBatch(c *musterpb.CloseBatch) (string, error) {
+	if last := s.batches[s.epoch]; last != nil && !last.Drawn {
+		return "", api.Errorf(api.Conflict, "epoch %d is not drawn yet", s.epoch)
+	}
+	if c.Epoch != s.epoch+1 {
+		return "", api.Errorf(api.Conflict, "closing epoch %d: %d is next", c.Epoch, s.epoch+1)
+	}
+	if c.Attempts == 0 || int(c.Attempts) > len(s.openBatch) {
+		return "", api.Errorf(api.Conflict, "closing a batch of %d commits: %d are open", c.Attempts, len(s.openBatch))
+	}
+	attempts := slices.Clone(s.openBatch[:c.Attempts])
+	if !bytes.Equal(c.Digest, s.batchDigest(c.Epoch, attempts)) {
+		return "", api.Errorf(api.Conflict, "the digest of epoch %d does not belong to its commits", c.Epoch)
+	}
+	batch := &musterpb.Batch{Epoch: c.Epoch, Digest: c.Digest, Attempts: attempts, ClosedUnixMs: s.now}
+	for _, id := range sortedKeys(s.nodes) {
+		if len(s.nodes[id].Tip) > 0 {
+			batch.Committee = append(batch.Committee, id)
+		}
+	}
+	s.epoch = c.Epoch
+	s.openBatch = slices.Clone(s.openBatch[c.Attempts:])
+	for _, id := range attempts {
+		fresh := s.attempts[id].CloneVT()
+		fresh.Batch = c.Epoch
+		s.setAttempt(fresh)
+	}
+	if len(batch.Committee) == 0 {
+		batch.FailedClosed = true
+		s.draw(batch)
+		return "", nil
+	}
+	s.batches[c.Epoch] = batch
+	return "", nil
+}
+
+func (s *State) batchDigest(epoch uint64, attempts []string) []byte {
+	roots := make([][]byte, len(attempts))
+	for i, id := range attempts {
+		roots[i] = s.attempts[id].Commit.Root
+	}
+	return verify.BatchDigest(epoch, attempts, roots)
+}
+
+// reveal takes a committee member's value for the batch that is being drawn;
+// the last one draws it.
+func (s *State) reveal(c *musterpb.RevealValue) (string, error) {
+	r := c.Reveal
+	batch, node := s.batches[r.GetEpoch()], s.nodes[r.GetNode()]
+	switch {
+	case batch == nil || node == nil:
+		return "", api.Errorf(api.Invalid, "reveal by %q for epoch %d: no such scheduler or no such batch is closed", r.GetNode(), r.GetEpoch())
+	case batch.Drawn:
+		return "", api.Errorf(api.Conflict, "reveal by %s for epoch %d: it is drawn already", r.Node, r.Epoch)
+	case !slices.Contains(batch.Committee, r.Node):
+		return "", api.Errorf(api.Denied, "reveal by %s for epoch %d: it is not in that committee", r.Node, r.Epoch)
+	case slices.ContainsFunc(batch.Reveals, func(o *musterpb.Reveal) bool { return o.Node == r.Node }):
+		return "", api.Errorf(api.Conflict, "second reveal by %s for epoch %d", r.Node, r.Epoch)
+	case !verify.CheckReveal(node.Tip, r.Value):
+		return "", api.Errorf(api.Invalid, "reveal by %s for epoch %d does not hash to its tip", r.Node, r.Epoch)
+	}
+	fresh := node.CloneVT()
+	fresh.Tip, fresh.Reveals = r.Value, node.Reveals+1
+	s.nodes[r.Node] = fresh
+	batch = batch.CloneVT()
+	batch.Reveals = append(batch.Reveals, r)
+	if len(batch.Reveals) < len(batch.Committee) {
+		s.batches[batch.Epoch] = batch
+		return "", nil
+	}
+	values := map[string][]byte{}
+	for _, r := range batch.Reveals {
+		values[r.Node] = r.Value
+	}
+	batch.Seed = verify.Seed(batch.Epoch, batch.Digest, values)
+	s.draw(batch)
+	return "", nil
+}
+
+// failBatchClosed gives up waiting for a reveal: everything in the batch is
+// checked, and who withheld leaves the committee.
+func (s *State) failBatchClosed(c *musterpb.FailBatchClosed) (string, error) {
+	batch := s.batches[c.Epoch]
+	if batch == nil || batch.Drawn {
+		return "", api.Errorf(api.Conflict, "epoch %d is not being drawn", c.Epoch)
+	}
+	batch = batch.CloneVT()
+	for _, id := range batch.Committee {
+		if slices.ContainsFunc(batch.Reveals, func(r *musterpb.Reveal) bool { return r.Node == id }) {
+			continue
+		}
+		fresh := s.nodes[id].CloneVT()
+		fresh.Tip, fresh.Reveals, fresh.LeftReason = nil, 0, fmt.Sprintf("no reveal for epoch %d: %s", c.Epoch, c.Reason)
+		s.nodes[id] = fresh
+	}
+	batch.FailedClosed = true
+	s.draw(batch)
+	return "", nil
+}
+
+// draw decides, for every commit of a batch, which of its items are checked.
+func (s *State) draw(batch *musterpb.Batch) {
+	batch.Drawn = true
+	s.batches[batch.Epoch] = batch
+	for _, id := range batch.Attempts {
+		a := s.attempts[id]
+		if a.State != musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
+			continue
+		}
+		job := s.jobs[a.Job]
+		rate := uint32(verify.PPM)
+		if !batch.FailedClosed {
+			passed := s.records[recordKey{a.Owner, a.Class, Application(job)}].GetPassed()
+			rate = verify.Rate(passed, job.Spec.Verify.RatePpm)
+		}
+		items := verify.Draw(batch.Seed, id, s.itemsOf(a), a.Commit.Root, rate)
+		if len(items) == 0 {
+			s.acceptWork(a, "not sampled")
+			continue
+		}
+		check := &musterpb.Check{Id: checkID(id), Job: a.Job, Target: id, Items: items, OpenedUnixMs: s.now}
+		s.setCheck(check)
+		s.changeJob(a.Job, func(job *musterpb.Job) {
+			job.OpenChecks++
+			job.CheckedItems += uint64(len(items))
+		})
+	}
+}
+
+func (s *State) setCheck(c *musterpb.Check) {
+	s.checks[c.Id] = c
+	if c.Verdict == musterpb.Verdict_VERDICT_UNSPECIFIED || c.Verdict == musterpb.Verdict_VERDICT_AWAITING_DATA {
+		s.openChecks[c.Id] = struct{}{}
+	} else {
+		delete(s.openChecks, c.Id)
+	}
+}
+
+// placeCheckRun places a re-execution: an attempt like any other, by an owner
+// who has no part in the check so far.
+func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) error {
+	check := s.checks[c.Check]
+	if check == nil || check.Job != c.Job {
+		return api.Errorf(api.NotFound, "check %q of job %s is not known", c.Check, c.Job)
+	}
+	if _, open := s.openChecks[check.Id]; !open {
+		return api.Errorf(api.Conflict, "check %s has its verdict", check.Id)
+	}
+	if s.runsWanted(check) <= 0 {
+		return api.Errorf(api.Conflict, "check %s needs no further run", check.Id)
+	}
+	target := s.attempts[check.Target]
+	if a.Class != target.Class {
+		return api.Errorf(api.Invalid, "check %s needs hardware class %s, worker %s is %s", check.Id, target.Class, a.Worker, a.Class)
+	}
+	for _, id := range append([]string{check.Target}, check.Runs...) {
+		o := s.attempts[id]
+		if o.Worker == a.Worker {
+			return api.Errorf(api.Denied, "worker %s has a part in check %s already", a.Worker, check.Id)
+		}
+		if o.Owner == a.Owner && !s.jobs[c.Job].Spec.Verify.SameOwner {
+			return api.Errorf(api.Denied, "account %s has a part in check %s already", a.Owner, check.Id)
+		}
+	}
+	a.Items = check.Items
+	payer := ledger.OfJob(c.Job)
+	if len(check.Comparisons) > 0 && s.ledger.Account(ledger.Network).Available() >= api.MicroUSD(a.HoldMicroUsd) {
+		payer = ledger.Network // a dispute is not the customer's fault
+	}
+	if err := s.hold(a, payer); err != nil {
+		s.pause(s.jobs[c.Job], fmt.Sprintf("a check may cost up to %s: %v; add to the budget with: muster job fund %s AMOUNT", api.MicroUSD(a.HoldMicroUsd), err, c.Job))
+		return err
+	}
+	s.addAttempt(a)
+	fresh := check.CloneVT()
+	fresh.Runs = append(fresh.Runs, a.Id)
+	if c.Relaxed != "" {
+		fresh.Relaxed = c.Relaxed
+	}
+	s.setCheck(fresh)
+	s.changeJob(c.Job, func(job *musterpb.Job) {
+		job.Checks++
+		job.LiveAttempts++
+	})
+	return nil
+}
+
+// lostCheckRun takes a run that ended without a result out of its check; too
+// many of them, and the check is given up.
+func (s *State) lostCheckRun(a *musterpb.Attempt, state musterpb.AttemptState) {
+	check := s.checks[a.Check].CloneVT()
+	check.Runs = slices.DeleteFunc(check.Runs, func(id string) bool { return id == a.Id })
+	if state == musterpb.AttemptState_ATTEMPT_STATE_FAILED {
+		check.FailedRuns++
+	}
+	s.setCheck(check)
+	if _, open := s.openChecks[check.Id]; open && check.FailedRuns >= verify.MaxRuns {
+		s.inconclusive(check, fmt.Sprintf("%d runs on other owners' machines failed; last: %s", check.FailedRuns, s.attempts[a.Id].Reason))
+	}
+}
+
+// runsWanted is how many further runs a check can use now.
+func (s *State) runsWanted(check *musterpb.Check) int {
+	committed, live := s.runsOf(check)
+	if len(verify.MissingPairs(check.Target, committed, check.Comparisons)) > 0 {
+		return 0 // the comparison comes first
+	}
+	return verify.Decide(check.Target, committed, check.Comparisons).MoreRuns - live
+}
+
+// runsOf splits a check's runs into those with a result and a count of those
+// still under way.
+func (s *State) runsOf(check *musterpb.Check) (committed []string, live int) {
+	for _, id := range check.Runs {
+		if s.attempts[id].State == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
+			committed = append(committed, id)
+		} else {
+			live++
+		}
+	}
+	return committed, live
+}
+
+func (s *State) recordComparisons(c *musterpb.RecordComparisons) (string, error) {
+	check := s.checks[c.Check]
+	if check == nil {
+		return "", api.Errorf(api.NotFound, "check %q is not known", c.Check)
+	}
+	if _, open := s.openChecks[c.Check]; !open {
+		return "", api.Errorf(api.Conflict, "check %s has its verdict", c.Check)
+	}
+	committed, _ := s.runsOf(check)
+	missing := verify.MissingPairs(check.Target, committed, check.Comparisons)
+	for _, cmp := range c.Comparisons {
+		if !slices.Contains(missing, [2]string{cmp.A, cmp.B}) {
+			return "", api.Errorf(api.Conflict, "check %s: the comparison of %s with %s is not wanted", c.Check, cmp.A, cmp.B)
+		}
+	}
+	if len(c.Comparisons) != len(missing) {
+		return "", api.Errorf(api.Conflict, "check %s: %d comparisons where %d are wanted", c.Check, len(c.Comparisons), len(missing))
+	}
+	fresh := check.CloneVT()
+	fresh.Comparisons = append(fresh.Comparisons, c.Comparisons...)
+	s.setCheck(fresh)
+	s.decide(fresh, committed)
+	return "", nil
+}
+
+// decide gives a check its verdict as soon as there is one, and carries out
+// what follows from it.
+func (s *State) decide(check *musterpb.Check, committed []string) {
+	d := verify.Decide(check.Target, committed, check.Comparisons)
+	switch d.Verdict {
+	case musterpb.Verdict_VERDICT_SUCCESS:
+		s.closeCheck(check, d.Verdict, fmt.Sprintf("%d runs agree on %d items", len(d.Right), len(check.Items)))
+		s.judgeRuns(check, d)
+		target := s.attempts[check.Target]
+		s.changeRecord(target.Owner, target.Class, Application(s.jobs[check.Job]), true)
+		s.acceptWork(target, "checked and right")
+	case musterpb.Verdict_VERDICT_FAILURE:
+		s.closeCheck(check, d.Verdict, differs(check))
+		s.judgeRuns(check, d)
+		s.rejectWork(check)
+	case musterpb.Verdict_VERDICT_INCONCLUSIVE:
+		s.inconclusive(check, fmt.Sprintf("%d runs and no %d of them agree; %s", len(committed)+1, verify.Quorum, differs(check)))
+	default:
+		fresh := check.CloneVT()
+		fresh.Verdict = musterpb.Verdict_VERDICT_AWAITING_DATA
+		s.setCheck(fresh)
+	}
+}
+
+// closeCheck stores a verdict and stops the runs that can't change it.
+func (s *State) closeCheck(check *musterpb.Check, verdict musterpb.Verdict, reason string) {
+	fresh := check.CloneVT()
+	fresh.Verdict, fresh.Reason, fresh.ClosedUnixMs = verdict, reason, s.now
+	s.setCheck(fresh)
+	for _, id := range check.Runs {
+		if a := s.attempts[id]; running(a.State) {
+			s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "the result is not needed any more")
+		}
+	}
+	s.changeJob(check.Job, func(job *musterpb.Job) { job.OpenChecks-- })
+}
+
+// judgeRuns pays the check runs on the right side and rejects the others.
+func (s *State) judgeRuns(check *musterpb.Check, d verify.Decision) {
+	for _, id := range check.Runs {
+		a := s.attempts[id]
+		switch {
+		case slices.Contains(d.Right, id):
+			s.payAttempt(a, "result agrees")
+		case slices.Contains(d.Wrong, id):
+			s.offence(a, "result differs from what other owners computed")
+		}
+	}
+}
+
+// offence rejects a result that was proved wrong: unpaid, and the owner starts
+// again from nothing.
+func (s *State) offence(a *musterpb.Attempt, reason string) {
+	s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_REJECTED, reason)
+	s.failedWorker(a.Worker, true)
+	s.changeRecord(a.Owner, a.Class, Application(s.jobs[a.Job]), false)
+	s.changeJob(a.Job, func(job *musterpb.Job) { job.Caught++ })
+}
+
+// acceptWork pays a result and counts its task as done.
+func (s *State) acceptWork(a *musterpb.Attempt, reason string) {
+	s.payAttempt(a, reason)
+	task := s.task(a.Job, a.Task)
+	task.State = musterpb.TaskState_TASK_STATE_VERIFIED
+	s.setTask(task)
+	s.changeJob(a.Job, func(job *musterpb.Job) {
+		job.TasksVerified++
+		job.ItemsVerified += uint64(len(s.itemsOf(a)))
+	})
+	s.settleJob(a.Job)
+}
+
+// rejectWork takes back a result that was proved wrong.
+func (s *State) rejectWork(check *musterpb.Check) {
+	target := s.attempts[check.Target]
+	s.offence(target, "a spot-check proved it wrong: "+differs(check))
+	s.redo(target, "")
+}
+
+// redo queues the task of a result that does not count, counting a failure
+// of the job's where there is a reason for it.
+func (s *State) redo(a *musterpb.Attempt, failure string) {
+	s.changeJob(a.Job, func(job *musterpb.Job) { job.ItemsCommitted -= uint64(len(s.itemsOf(a))) })
+	if Ended(s.jobs[a.Job].State) {
+		s.settleJob(a.Job)
+		return
+	}
+	task := s.task(a.Job, a.Task)
+	if !slices.Contains(task.AvoidOwners, a.Owner) {
+		task.AvoidOwners = append(task.AvoidOwners, a.Owner)
+	}
+	if failure != "" {
+		task.Failures++
+	}
+	s.requeue(task)
+	if reason := s.outOfRetries(task, false, failure); reason != "" {
+		s.endJob(s.jobs[a.Job].CloneVT(), musterpb.JobState_JOB_STATE_FAILED, reason)
+	}
+}
+
+func (s *State) giveUpCheck(c *musterpb.GiveUpCheck) (string, error) {
+	check := s.checks[c.Check]
+	if check == nil {
+		return "", api.Errorf(api.NotFound, "check %q is not known", c.Check)
+	}
+	if _, open := s.openChecks[c.Check]; !open {
+		return "", api.Errorf(api.Conflict, "check %s has its verdict", c.Check)
+	}
+	s.inconclusive(check, c.Reason)
+	return "", nil
+}
+
+// inconclusive ends a check that nobody could decide. No owner is at fault: who
+// delivered is paid from the network's fund, as far as that reaches; the
+// customer pays nothing, and the task is done again.
+func (s *State) inconclusive(check *musterpb.Check, reason string) {
+	s.closeCheck(check, musterpb.Verdict_VERDICT_INCONCLUSIVE, reason)
+	for _, id := range append([]string{check.Target}, check.Runs...) {
+		a := s.attempts[id]
+		if a.State != musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
+			continue
+		}
+		s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_INCONCLUSIVE, reason)
+		amount := min(s.price(a), s.ledger.Account(ledger.Network).Available())
+		if amount > 0 {
+			must(s.ledger.Move(ledger.Entry{
+				TimeUnixMS: s.now, Debit: ledger.Network, Credit: ledger.Of(a.Owner), Amount: amount, Ref: id, Memo: "inconclusive check",
+			}))
+		}
+	}
+	s.redo(s.attempts[check.Target], "a check was inconclusive: "+reason)
+}
+
+// differs is what the first mismatch of a check was.
+func differs(check *musterpb.Check) string {
+	for _, c := range check.Comparisons {
+		if !c.Match {
+			return c.Detail
+		}
+	}
+	return ""
+}
+
+// checkID is the ID of the check of an attempt; there is at most one.
+func checkID(attempt string) string { return "chk-" + strings.TrimPrefix(attempt, "att-") }

@@ -1,0 +1,197 @@
+package state
+
+import (
+	"crypto/ed25519"
+	"crypto/sha256"
+	"strings"
+
+	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/ledger"
+)
+
+// maxDeposit keeps every sum of balances far from overflow.
+const maxDeposit = 1_000_000_000 * api.Dollars
+
+func (s *State) createCluster(c *musterpb.CreateCluster) (string, error) {
+	if s.cluster != "" {
+		return "", api.Errorf(api.Conflict, "this cluster is %s already", s.cluster)
+	}
+	if c.Cluster == "" {
+		return "", api.Errorf(api.Invalid, "a cluster needs an ID")
+	}
+	s.cluster = c.Cluster
+	return c.Cluster, nil
+}
+
+// CheckAccountName wants 1 to 64 of a-z, 0-9, '-', '_' and '.', not starting
+// with punctuation.
+func CheckAccountName(name string) error {
+	const letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+	if len(name) < 1 || len(name) > 64 || strings.Trim(name, letters+"-_.") != "" || !strings.ContainsRune(letters, rune(name[0])) {
+		return api.Errorf(api.Invalid, "account name %q: want 1 to 64 of a-z, 0-9, '-', '_' and '.', starting with a letter or digit", name)
+	}
+	return nil
+}
+
+func (s *State) createAccount(c *musterpb.CreateAccount) (string, error) {
+	if err := CheckAccountName(c.Account); err != nil {
+		return "", err
+	}
+	if s.accounts[c.Account] != nil {
+		return "", api.Errorf(api.Conflict, "account %q exists already", c.Account)
+	}
+	s.accounts[c.Account] = &musterpb.Account{Id: c.Account, CreatedUnixMs: s.now}
+	return c.Account, nil
+}
+
+func (s *State) createKey(c *musterpb.CreateKey) (string, error) {
+	if s.accounts[c.Account] == nil {
+		return "", api.Errorf(api.NotFound, "account %q does not exist", c.Account)
+	}
+	if len(c.Hash) != sha256.Size {
+		return "", api.Errorf(api.Invalid, "key hash of %d bytes, want %d", len(c.Hash), sha256.Size)
+	}
+	if c.Role == musterpb.Role_ROLE_UNSPECIFIED || musterpb.Role_name[int32(c.Role)] == "" {
+		return "", api.Errorf(api.Invalid, "role %d is not known", c.Role)
+	}
+	if s.keys[string(c.Hash)] != nil {
+		return "", api.Errorf(api.Conflict, "that key exists already")
+	}
+	s.keys[string(c.Hash)] = &musterpb.Key{Hash: c.Hash, Account: c.Account, Role: c.Role, CreatedUnixMs: s.now}
+	return "", nil
+}
+
+func (s *State) deposit(c *musterpb.Deposit) (string, error) {
+	if s.accounts[c.Account] == nil {
+		return "", api.Errorf(api.NotFound, "account %q does not exist", c.Account)
+	}
+	if amount := api.MicroUSD(c.AmountMicroUsd); amount > maxDeposit {
+		return "", api.Errorf(api.Invalid, "deposit of %s: at most %s at a time", amount, maxDeposit)
+	}
+	return "", s.ledger.Move(ledger.Entry{
+		TimeUnixMS: s.now, Debit: ledger.External, Credit: ledger.Of(c.Account), Amount: api.MicroUSD(c.AmountMicroUsd), Memo: c.Memo, Ref: "deposit",
+	})
+}
+
+// registerNode makes a scheduler known, or changes its addresses. What it has
+// in the committee stays.
+func (s *State) registerNode(c *musterpb.RegisterNode) (string, error) {
+	n := c.Node
+	if len(n.GetPublicKey()) != ed25519.PublicKeySize || string(api.NodeIDOf(n.PublicKey)) != n.Id {
+		return "", api.Errorf(api.Invalid, "scheduler %q: the ID does not belong to the public key", n.GetId())
+	}
+	if n.ApiAddress == "" || n.RaftAddress == "" {
+		return "", api.Errorf(api.Invalid, "scheduler %s: both addresses are needed", n.Id)
+	}
+	fresh := &musterpb.Node{Id: n.Id, PublicKey: n.PublicKey, ApiAddress: n.ApiAddress, RaftAddress: n.RaftAddress}
+	if old := s.nodes[n.Id]; old != nil {
+		fresh.Tip, fresh.Reveals, fresh.LeftReason = old.Tip, old.Reveals, old.LeftReason
+	}
+	s.nodes[n.Id] = fresh
+	return n.Id, nil
+}
+
+// registerTip enters a scheduler into the committee with a new chain. Only
+// batches that are closed later ask it for a reveal.
+func (s *State) registerTip(c *musterpb.RegisterTip) (string, error) {
+	old := s.nodes[c.Node]
+	if old == nil {
+		return "", api.Errorf(api.NotFound, "scheduler %s is not registered", c.Node)
+	}
+	if len(c.Tip) != sha256.Size {
+		return "", api.Errorf(api.Invalid, "tip of %d bytes, want %d", len(c.Tip), sha256.Size)
+	}
+	if b := s.batches[s.epoch]; b != nil && !b.Drawn {
+		// A new chain now would let the node choose its reveal after it saw the others.
+		return "", api.Errorf(api.Unavailable, "epoch %d is being drawn: register again after it", s.epoch)
+	}
+	fresh := old.CloneVT()
+	fresh.Tip, fresh.Reveals, fresh.LeftReason = c.Tip, 0, ""
+	s.nodes[c.Node] = fresh
+	return "", nil
+}
+
+func (s *State) registerWorker(c *musterpb.RegisterWorker) (string, error) {
+	w := c.Worker
+	if len(w.GetPublicKey()) != ed25519.PublicKeySize || string(api.WorkerIDOf(w.PublicKey)) != w.Id {
+		return "", api.Errorf(api.Invalid, "worker %q: the ID does not belong to the public key", w.GetId())
+	}
+	if s.accounts[w.Owner] == nil {
+		return "", api.Errorf(api.NotFound, "worker %s: account %q does not exist", w.Id, w.Owner)
+	}
+	if w.PriceMicroUsdPerHour < 0 || api.MicroUSD(w.PriceMicroUsdPerHour) > 10_000*api.Dollars {
+		return "", api.Errorf(api.Invalid, "worker %s asks %s per hour: want $0 to $10000", w.Id, api.MicroUSD(w.PriceMicroUsdPerHour))
+	}
+	if w.Capacity == nil {
+		return "", api.Errorf(api.Invalid, "worker %s states no capacity", w.Id)
+	}
+	fresh := &musterpb.Worker{JoinedUnixMs: s.now}
+	if old := s.workers[w.Id]; old != nil {
+		if old.Owner != w.Owner {
+			return "", api.Errorf(api.Denied, "worker %s belongs to account %q; give this machine a new identity to move it", w.Id, old.Owner)
+		}
+		fresh = old.CloneVT()
+	}
+	fresh.Id, fresh.PublicKey, fresh.Owner, fresh.Name = w.Id, w.PublicKey, w.Owner, w.Name
+	fresh.Capacity, fresh.PriceMicroUsdPerHour, fresh.AllowNetwork = w.Capacity, w.PriceMicroUsdPerHour, w.AllowNetwork
+	s.workers[w.Id] = fresh
+	return w.Id, nil
+}
+
+func (s *State) drainWorker(c *musterpb.DrainWorker) (string, error) {
+	old := s.workers[c.Worker]
+	if old == nil {
+		return "", api.Errorf(api.NotFound, "worker %q is not known", c.Worker)
+	}
+	fresh := old.CloneVT()
+	fresh.Draining = c.Draining
+	if !c.Draining {
+		fresh.BackoffUntilUnixMs, fresh.FailuresInARow = 0, 0
+	}
+	s.workers[c.Worker] = fresh
+	return c.Worker, nil
+}
+
+// failedWorker counts a failure of a worker and makes a flaky one wait: 2 s
+// after the first, doubling up to 5 minutes.
+func (s *State) failedWorker(id string, caught bool) {
+	old := s.workers[id]
+	if old == nil {
+		return
+	}
+	fresh := old.CloneVT()
+	fresh.Failed++
+	fresh.FailuresInARow++
+	if caught {
+		fresh.Caught++
+	}
+	fresh.BackoffUntilUnixMs = s.now + min(1000<<min(fresh.FailuresInARow, 20), 300_000)
+	s.workers[id] = fresh
+}
+
+func (s *State) finishedWorker(id string) {
+	old := s.workers[id]
+	if old == nil {
+		return
+	}
+	fresh := old.CloneVT()
+	fresh.Finished++
+	fresh.FailuresInARow, fresh.BackoffUntilUnixMs = 0, 0
+	s.workers[id] = fresh
+}
+
+func (s *State) changeRecord(owner, class, application string, passed bool) {
+	key := recordKey{owner, class, application}
+	fresh := &musterpb.Record{Owner: owner, Class: class, Application: application}
+	if old := s.records[key]; old != nil {
+		fresh = old.CloneVT()
+	}
+	if passed {
+		fresh.Passed++
+	} else {
+		fresh.Passed = 0
+		fresh.Offences++
+	}
+	s.records[key] = fresh
+}
