@@ -166,7 +166,7 @@ func (s *State) failedWorker(id string, caught bool) {
 	if caught {
 		fresh.Caught++
 	}
-	fresh.BackoffUntilUnixMs = s.now + min(1000<<min(fresh.FailuresInARow, 20), 300_000)
+	fresh.BackoffUntilUnixMs = s.now + min(int64(1000)<<min(fresh.FailuresInARow, 20), 300_000)
 	s.workers[id] = fresh
 }
 

@@ -1,0 +1,383 @@
+// Package replica replicates commands with Raft: Propose on the leader, Apply
+// on every scheduler. It is the only importer of hashicorp/raft.
+//
+// Throughput comes from group commit: commands that wait together travel as
+// one log entry, are written to disk once, and are answered one by one.
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+	wal "github.com/hashicorp/raft-wal"
+
+	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/state"
+)
+
+// Bounds of one log entry, and of what may wait for one.
+const (
+	maxEntryCommands = 4096
+	maxEntryBytes    = 1 << 20
+	maxQueued        = 65536
+	maxInFlight      = 8 // entries that were given to Raft and not answered
+)
+
+// Config is what a replica needs to know.
+type Config struct {
+	ID     api.NodeID
+	Dir    string // of the log and the snapshots
+	Listen string // TCP address of the Raft transport
+	// Advertise is the address that the others dial; empty is Listen's.
+	Advertise string
+	// Bootstrap starts a new cluster of this one node where Dir holds none.
+	Bootstrap bool
+	// ElectionTimeout is how long a silent leader is followed; 0 is one second.
+	ElectionTimeout time.Duration
+	Logger          *slog.Logger
+}
+
+// Replica is one member of the Raft group. All methods are safe for
+// concurrent use.
+type Replica struct {
+	raft      *raft.Raft
+	transport *raft.NetworkTransport
+	log       *wal.WAL
+	state     *state.State
+	logger    *slog.Logger
+	queue     chan *proposal
+	inFlight  chan flight
+	done      chan struct{} // closed by Close
+	wg        sync.WaitGroup
+	ready     atomic.Bool // this node leads, and has applied all that came before
+}
+
+type proposal struct {
+	cmd    *musterpb.Command
+	answer chan result // buffered: the answering side never blocks
+}
+
+type result struct {
+	answer *musterpb.Answer
+	err    error
+}
+
+type flight struct {
+	batch  []*proposal
+	future raft.ApplyFuture
+}
+
+// Open recovers the log in cfg.Dir, applies it to st, and joins the group.
+func Open(cfg Config, st *state.State) (_ *Replica, err error) {
+	if err := os.MkdirAll(filepath.Join(cfg.Dir, "wal"), 0o700); err != nil {
+		return nil, fmt.Errorf("data directory: %w", err)
+	}
+	r := &Replica{
+		state: st, logger: cfg.Logger, queue: make(chan *proposal, maxQueued),
+		inFlight: make(chan flight, maxInFlight), done: make(chan struct{}),
+	}
+	defer func() {
+		if err != nil {
+			r.closeStores()
+		}
+	}()
+	hlog := hclog.New(&hclog.LoggerOptions{Name: "raft", Level: hclog.Warn, Output: logWriter{cfg.Logger}, DisableTime: true})
+	if r.log, err = wal.Open(filepath.Join(cfg.Dir, "wal"), wal.WithLogger(hlog)); err != nil {
+		return nil, fmt.Errorf("opening the log in %s: %w", cfg.Dir, err)
+	}
+	cache, err := raft.NewLogCache(1024, r.log)
+	if err != nil {
+		return nil, err
+	}
+	snapshots, err := raft.NewFileSnapshotStoreWithLogger(cfg.Dir, 2, hlog)
+	if err != nil {
+		return nil, fmt.Errorf("opening the snapshots in %s: %w", cfg.Dir, err)
+	}
+	if r.transport, err = openTransport(cfg, hlog); err != nil {
+		return nil, err
+	}
+	conf := raftConfig(cfg, hlog)
+	if cfg.Bootstrap {
+		has, err := raft.HasExistingState(cache, r.log, snapshots)
+		if err != nil {
+			return nil, err
+		}
+		if !has {
+			servers := raft.Configuration{Servers: []raft.Server{{ID: conf.LocalID, Address: r.transport.LocalAddr()}}}
+			if err := raft.BootstrapCluster(conf, cache, r.log, snapshots, r.transport, servers); err != nil {
+				return nil, fmt.Errorf("starting a new cluster: %w", err)
+			}
+		}
+	}
+	if r.raft, err = raft.NewRaft(conf, (*fsm)(st), cache, r.log, snapshots, r.transport); err != nil {
+		return nil, fmt.Errorf("starting raft: %w", err)
+	}
+	r.wg.Add(2)
+	go r.group()
+	go r.answer()
+	return r, nil
+}
+
+func openTransport(cfg Config, hlog hclog.Logger) (*raft.NetworkTransport, error) {
+	var advertise net.Addr
+	if cfg.Advertise != "" {
+		addr, err := net.ResolveTCPAddr("tcp", cfg.Advertise)
+		if err != nil {
+			return nil, api.Errorf(api.Invalid, "raft address %q: %w", cfg.Advertise, err)
+		}
+		advertise = addr
+	}
+	t, err := raft.NewTCPTransportWithLogger(cfg.Listen, advertise, 4, 10*time.Second, hlog)
+	if err != nil {
+		return nil, fmt.Errorf("listening for raft on %s: %w", cfg.Listen, err)
+	}
+	return t, nil
+}
+
+func raftConfig(cfg Config, hlog hclog.Logger) *raft.Config {
+	timeout := cfg.ElectionTimeout
+	if timeout == 0 {
+		timeout = time.Second
+	}
+	c := raft.DefaultConfig()
+	c.LocalID = raft.ServerID(cfg.ID)
+	c.Logger = hlog
+	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = timeout, timeout, timeout/2
+	// How late an idle follower learns of a commit: it has to reveal soon.
+	c.CommitTimeout = 10 * time.Millisecond
+	c.MaxAppendEntries = 256
+	c.SnapshotThreshold = 16384
+	return c
+}
+
+// Propose replicates a command and returns what Apply answered. The command
+// belongs to the replica from then on. An error means that this node could not
+// say what became of it: it does not lead, or lost the lead meanwhile; a client
+// that repeats the command under the same ID gets the one answer.
+func (r *Replica) Propose(ctx context.Context, cmd *musterpb.Command) (*musterpb.Answer, error) {
+	p := &proposal{cmd: cmd, answer: make(chan result, 1)}
+	select {
+	case r.queue <- p:
+	default:
+		return nil, api.Errorf(api.Unavailable, "%d commands are waiting: the scheduler is overloaded, try again", maxQueued)
+	}
+	select {
+	case res := <-p.answer:
+		return res.answer, res.err
+	case <-ctx.Done():
+		return nil, api.Errorf(api.Unavailable, "waiting for the schedulers to agree: %w", ctx.Err())
+	case <-r.done:
+		return nil, errStopped
+	}
+}
+
+var errStopped = &api.Error{Kind: api.Unavailable, Msg: "this scheduler is stopping"}
+
+// group drains the queue into log entries. It does not wait for one to be
+// committed before it hands over the next, so the disk and the network stay
+// busy while commands gather.
+func (r *Replica) group() {
+	defer r.wg.Done()
+	defer close(r.inFlight)
+	for {
+		select {
+		case p := <-r.queue:
+			batch, entry := r.gather(p)
+			data, err := entry.MarshalVT()
+			if err != nil {
+				answerAll(batch, fmt.Errorf("encoding a log entry: %w", err))
+				continue
+			}
+			select {
+			case r.inFlight <- flight{batch, r.raft.Apply(data, 10*time.Second)}:
+			case <-r.done:
+				return
+			}
+		case <-r.done:
+			return
+		}
+	}
+}
+
+// gather takes what else is waiting, as far as it fits into one entry.
+func (r *Replica) gather(first *proposal) ([]*proposal, *musterpb.Entry) {
+	now := time.Now().UnixMilli()
+	entry, batch, size := &musterpb.Entry{}, []*proposal(nil), 0
+	for p := first; ; {
+		p.cmd.TimeUnixMs = now
+		entry.Commands = append(entry.Commands, p.cmd)
+		batch = append(batch, p)
+		size += p.cmd.SizeVT()
+		if len(batch) >= maxEntryCommands || size >= maxEntryBytes {
+			return batch, entry
+		}
+		select {
+		case p = <-r.queue:
+		default:
+			return batch, entry
+		}
+	}
+}
+
+func (r *Replica) answer() {
+	defer r.wg.Done()
+	for f := range r.inFlight {
+		if err := f.future.Error(); err != nil {
+			answerAll(f.batch, notLeading(err))
+			continue
+		}
+		answers, ok := f.future.Response().([]*musterpb.Answer)
+		if !ok || len(answers) != len(f.batch) {
+			answerAll(f.batch, fmt.Errorf("raft answered %T for %d commands", f.future.Response(), len(f.batch)))
+			continue
+		}
+		for i, p := range f.batch {
+			p.answer <- result{answer: answers[i]}
+		}
+	}
+}
+
+func answerAll(batch []*proposal, err error) {
+	for _, p := range batch {
+		p.answer <- result{err: err}
+	}
+}
+
+func notLeading(err error) error {
+	return api.Errorf(api.Unavailable, "this scheduler does not lead the cluster (any more): %w", err)
+}
+
+// Run calls lead whenever this node has become the leader and has applied
+// everything that was committed before. lead's context ends when the
+// leadership does, and Run waits for lead to return before it goes on.
+func (r *Replica) Run(ctx context.Context, lead func(context.Context)) error {
+	var stop func()
+	depose := func() {
+		r.ready.Store(false)
+		if stop != nil {
+			stop()
+			stop = nil
+		}
+	}
+	defer depose()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case leading := <-r.raft.LeaderCh():
+			depose()
+			if !leading {
+				continue
+			}
+			if err := r.raft.Barrier(30 * time.Second).Error(); err != nil {
+				r.logger.Warn("leadership was lost at once", "err", err)
+				continue
+			}
+			r.ready.Store(true)
+			stop = start(ctx, lead)
+		}
+	}
+}
+
+// start runs f beside the caller; the answer ends it and waits for it.
+func start(ctx context.Context, f func(context.Context)) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f(ctx)
+	}()
+	return func() {
+		cancel()
+		<-done
+	}
+}
+
+// CheckRead makes a read that follows linearizable: it confirms with a majority
+// that this node leads. What this leader acknowledged is applied before it
+// answers, and what its predecessors did was applied before it became ready.
+func (r *Replica) CheckRead() error {
+	if !r.ready.Load() {
+		return notLeading(raft.ErrNotLeader)
+	}
+	if err := r.raft.VerifyLeader().Error(); err != nil {
+		return notLeading(err)
+	}
+	return nil
+}
+
+// Leading reports whether this node leads and is ready to.
+func (r *Replica) Leading() bool { return r.ready.Load() }
+
+// Leader is the leader that this node knows of; empty during an election.
+func (r *Replica) Leader() api.NodeID {
+	_, id := r.raft.LeaderWithID()
+	return api.NodeID(id)
+}
+
+// Address is the Raft address that the others dial.
+func (r *Replica) Address() string { return string(r.transport.LocalAddr()) }
+
+// Term and Applied are where this node is.
+func (r *Replica) Term() uint64    { return r.raft.CurrentTerm() }
+func (r *Replica) Applied() uint64 { return r.raft.AppliedIndex() }
+
+// HasPeers reports whether this node is part of a group, alone or not.
+func (r *Replica) HasPeers() bool {
+	return len(r.raft.GetConfiguration().Configuration().Servers) > 0
+}
+
+// AddVoter takes a node into the group; only the leader can.
+func (r *Replica) AddVoter(id api.NodeID, address string) error {
+	if err := r.raft.AddVoter(raft.ServerID(id), raft.ServerAddress(address), 0, 10*time.Second).Error(); err != nil {
+		if errors.Is(err, raft.ErrNotLeader) || errors.Is(err, raft.ErrLeadershipLost) {
+			return notLeading(err)
+		}
+		return fmt.Errorf("adding scheduler %s: %w", id, err)
+	}
+	return nil
+}
+
+// Close leaves in order: it hands the lead over where it can, stops Raft, and
+// closes the log. Proposals that still wait are answered with an error.
+func (r *Replica) Close() error {
+	if r.raft.State() == raft.Leader && len(r.raft.GetConfiguration().Configuration().Servers) > 1 {
+		if err := r.raft.LeadershipTransfer().Error(); err != nil {
+			r.logger.Debug("the lead could not be handed over", "err", err)
+		}
+	}
+	close(r.done)
+	err := r.raft.Shutdown().Error()
+	r.wg.Wait()
+	return errors.Join(err, r.closeStores())
+}
+
+func (r *Replica) closeStores() error {
+	var errs []error
+	if r.transport != nil {
+		errs = append(errs, r.transport.Close())
+	}
+	if r.log != nil {
+		errs = append(errs, r.log.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// logWriter passes Raft's own log lines on.
+type logWriter struct{ logger *slog.Logger }
+
+func (w logWriter) Write(line []byte) (int, error) {
+	w.logger.Debug("raft", "line", string(line[:max(len(line)-1, 0)]))
+	return len(line), nil
+}
