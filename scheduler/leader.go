@@ -1,0 +1,459 @@
+package scheduler
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/place"
+	"github.com/musternet/muster/scheduler/state"
+	"github.com/musternet/muster/verify"
+)
+
+// Bounds of the leader's own work.
+const (
+	maxPlacements  = 512 // of one round
+	maxTasksPerJob = 512 // looked at in one round
+	maxExaminers   = 4   // results examined or compared at once
+)
+
+// leader is what only the leading scheduler has, for one term.
+type leader struct {
+	*Scheduler
+	examiners *semaphore.Weighted
+	wake      chan struct{} // capacity 1: sessions or leases changed
+
+	mu       sync.Mutex
+	sessions map[string]*session // guarded by mu; by worker
+	leases   map[string]*lease   // guarded by mu; by attempt
+	busy     map[string]bool     // guarded by mu; checks and attempts being examined
+	closed   bool                // guarded by mu; no session attaches any more
+	work     sync.WaitGroup      // examinations under way
+}
+
+// lease is the right of a worker to run an attempt.
+type lease struct {
+	worker   string
+	deadline time.Time
+	log      []byte // the newest output, at most maxLogTail
+}
+
+const maxLogTail = 64 << 10
+
+func newLeader(s *Scheduler) *leader {
+	return &leader{
+		Scheduler: s, examiners: semaphore.NewWeighted(maxExaminers), wake: make(chan struct{}, 1),
+		sessions: map[string]*session{}, leases: map[string]*lease{}, busy: map[string]bool{},
+	}
+}
+
+// run runs the loops until the leadership ends.
+func (l *leader) run(ctx context.Context) {
+	l.grantGrace()
+	var loops sync.WaitGroup
+	for _, loop := range []func(context.Context){l.placeLoop, l.leaseLoop, l.batchLoop, l.compareLoop} {
+		loops.Go(func() { loop(ctx) })
+	}
+	loops.Wait()
+	l.work.Wait()
+}
+
+// close ends every session; the workers dial the new leader.
+func (l *leader) close() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	for _, s := range l.sessions {
+		s.close()
+	}
+}
+
+// grantGrace gives every attempt that was running a full lease: a new leader
+// knows nothing of the last heartbeats.
+func (l *leader) grantGrace() {
+	deadline := time.Now().Add(l.Timing.LeaseTTL)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, a := range l.State.LiveAttempts() {
+		l.leases[a.Id] = &lease{worker: a.Worker, deadline: deadline}
+	}
+}
+
+// nudge makes the loops look again.
+func (l *leader) nudge() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// waitForChange returns when the state or a session changed, or after d.
+func (l *leader) waitForChange(ctx context.Context, changed <-chan struct{}, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-changed:
+	case <-l.wake:
+	case <-timer.C:
+	}
+}
+
+// placeLoop places what waits, whenever something changed. The timer is for
+// what changes by the clock alone: a worker's pause after a failure.
+func (l *leader) placeLoop(ctx context.Context) {
+	for ctx.Err() == nil {
+		changed := l.State.Changed()
+		if l.placeRound(ctx) == 0 {
+			l.waitForChange(ctx, changed, time.Second)
+		}
+	}
+}
+
+// placeRound decides, proposes and hands out; it returns how many attempts
+// were placed.
+func (l *leader) placeRound(ctx context.Context) int {
+	work := l.State.Queued(maxTasksPerJob)
+	if len(work) == 0 {
+		return 0
+	}
+	live := l.State.LiveAttempts()
+	plan := place.Plan(&place.Input{
+		NowUnixMS: time.Now().UnixMilli(), Workers: l.workers(live), Work: work, Usage: l.usage(live), Seed: l.seedOf, Max: maxPlacements,
+	})
+	placed := make([]bool, len(plan))
+	var wg sync.WaitGroup
+	for i, p := range plan {
+		wg.Go(func() { placed[i] = l.place(ctx, p) })
+	}
+	wg.Wait()
+	n := 0
+	for _, ok := range placed {
+		if ok {
+			n++
+		}
+	}
+	return n
+}
+
+// place commits one placement, then tells the worker.
+func (l *leader) place(ctx context.Context, p place.Placement) bool {
+	cmd := &musterpb.PlaceAttempt{
+		Attempt: newID("att-"), Job: p.Job.Id, Task: p.Task, Check: p.Check.GetId(), Worker: p.Worker,
+		Class: p.Class, Devices: p.Devices, Relaxed: p.Relaxed,
+	}
+	id, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_PlaceAttempt{PlaceAttempt: cmd}})
+	if err != nil {
+		l.Logger.Debug("a placement was refused", "job", p.Job.Id, "task", p.Task, "worker", p.Worker, "err", err)
+		return false
+	}
+	a := l.State.Attempt(id)
+	l.mu.Lock()
+	l.leases[id] = &lease{worker: p.Worker, deadline: time.Now().Add(l.Timing.LeaseTTL)}
+	s := l.sessions[p.Worker]
+	l.mu.Unlock()
+	if s != nil {
+		s.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Assign{Assign: l.assignment(a)}})
+	}
+	return true
+}
+
+// assignment is what a worker learns of an attempt: the same for work and for
+// checks.
+func (l *leader) assignment(a *musterpb.Attempt) *musterpb.Assignment {
+	spec := l.State.Job(a.Job).Spec
+	return &musterpb.Assignment{
+		Attempt: a.Id, Image: spec.Image, Command: spec.Command, Env: spec.Env, Inputs: spec.Inputs, Items: spec.Items,
+		Indexes: l.State.ItemsOf(a), Resources: spec.Resources, Devices: a.Devices, TimeoutMs: spec.TimeoutMs,
+		Outputs: spec.Outputs, Network: spec.Network, PriceMicroUsdPerHour: a.PriceMicroUsdPerHour,
+	}
+}
+
+// workers is what placement sees of the workers.
+func (l *leader) workers(live []*musterpb.Attempt) []*place.Worker {
+	l.mu.Lock()
+	byID := map[string]*place.Worker{}
+	list := []*place.Worker{}
+	for _, w := range l.State.Workers() {
+		s := l.sessions[w.Id]
+		var cached func(string) bool
+		if s != nil {
+			cached = s.cached
+		}
+		pw := place.NewWorker(w, s != nil, cached)
+		byID[w.Id] = pw
+		list = append(list, pw)
+	}
+	l.mu.Unlock()
+	for _, a := range live {
+		if w := byID[a.Worker]; w != nil {
+			w.Take(l.State.Job(a.Job).Spec.Resources, a.Devices)
+		}
+	}
+	return list
+}
+
+func (l *leader) usage(live []*musterpb.Attempt) map[string]int64 {
+	usage := map[string]int64{}
+	for _, a := range live {
+		job := l.State.Job(a.Job)
+		usage[job.Account] += state.Units(job.Spec.Resources)
+	}
+	return usage
+}
+
+// seedOf is what draws the checkers of a batch's commits. A batch that failed
+// closed has no seed; its digest is then at least not the leader's to choose
+// after the commits.
+func (l *leader) seedOf(epoch uint64) []byte {
+	batches := l.State.Batches(epoch-1, 1)
+	if len(batches) == 0 {
+		return nil
+	}
+	if len(batches[0].Seed) > 0 {
+		return batches[0].Seed
+	}
+	return batches[0].Digest
+}
+
+// leaseLoop ends attempts whose worker was silent for too long, and disputes
+// that nobody can decide.
+func (l *leader) leaseLoop(ctx context.Context) {
+	tick := time.NewTicker(min(l.Timing.LeaseTTL/8, 250*time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			l.expireLeases(ctx)
+			l.giveUpDisputes(ctx)
+		}
+	}
+}
+
+func (l *leader) expireLeases(ctx context.Context) {
+	live := map[string]*musterpb.Attempt{}
+	for _, a := range l.State.LiveAttempts() {
+		live[a.Id] = a
+	}
+	now := time.Now()
+	var expired []string
+	l.mu.Lock()
+	for id, lease := range l.leases {
+		if live[id] == nil {
+			delete(l.leases, id)
+		} else if now.After(lease.deadline) && !l.busy[id] {
+			expired = append(expired, id)
+		}
+	}
+	l.mu.Unlock()
+	for _, id := range expired {
+		reason := fmt.Sprintf("worker %s was not heard of for a whole lease (%s)", live[id].Worker, l.Timing.LeaseTTL)
+		l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Reason: reason, Blame: musterpb.Blame_BLAME_NETWORK})
+	}
+}
+
+// end ends an attempt without a result.
+func (l *leader) end(ctx context.Context, cmd *musterpb.EndAttempt) {
+	if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_EndAttempt{EndAttempt: cmd}}); err != nil {
+		l.Logger.Debug("an attempt could not be ended", "attempt", cmd.Attempt, "err", err)
+		return
+	}
+	l.Logger.Info("attempt ended without a result", "attempt", cmd.Attempt, "state", state.StateName(cmd.State), "reason", cmd.Reason)
+}
+
+// giveUpDisputes ends the checks that need a run which no worker could take
+// for longer than the policy is patient. A check without a mismatch waits as
+// long as it takes: its result stays provisional.
+func (l *leader) giveUpDisputes(ctx context.Context) {
+	now := time.Now().UnixMilli()
+	for _, w := range l.State.Queued(0) {
+		for _, run := range w.Checks {
+			disputed := len(run.Check.Comparisons) > 0 || state.Ended(w.Job.State)
+			if !disputed || now-run.Check.OpenedUnixMs < l.Timing.DisputePatience.Milliseconds() {
+				continue
+			}
+			why := place.Explain(now, l.workers(l.State.LiveAttempts()), w.Job, &run)
+			if why.Eligible > 0 {
+				continue
+			}
+			cmd := &musterpb.GiveUpCheck{Check: run.Check.Id, Reason: "no further owner could run it: " + why.Summary}
+			if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_GiveUpCheck{GiveUpCheck: cmd}}); err != nil {
+				l.Logger.Debug("a check could not be given up", "check", run.Check.Id, "err", err)
+			}
+		}
+	}
+}
+
+// batchLoop closes batches, and gives up on reveals that do not come.
+func (l *leader) batchLoop(ctx context.Context) {
+	tick := time.NewTicker(l.Timing.BatchInterval)
+	defer tick.Stop()
+	var drawing uint64 // the epoch that waits for reveals, as seen last
+	var since time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if b := l.State.Drawing(); b != nil {
+			if b.Epoch != drawing {
+				drawing, since = b.Epoch, time.Now()
+			} else if time.Since(since) > l.Timing.RevealTimeout {
+				l.failBatchClosed(ctx, b)
+			}
+			continue
+		}
+		waiting, free, epoch, digest := l.State.Committed()
+		if waiting == 0 || !free {
+			continue
+		}
+		cmd := &musterpb.CloseBatch{Epoch: epoch, Digest: digest, Attempts: uint32(waiting)}
+		if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_CloseBatch{CloseBatch: cmd}}); err != nil {
+			l.Logger.Debug("a batch could not be closed", "epoch", epoch, "err", err)
+		}
+	}
+}
+
+func (l *leader) failBatchClosed(ctx context.Context, b *musterpb.Batch) {
+	var missing []string
+	for _, id := range b.Committee {
+		if !slices.ContainsFunc(b.Reveals, func(r *musterpb.Reveal) bool { return r.Node == id }) {
+			missing = append(missing, id)
+		}
+	}
+	cmd := &musterpb.FailBatchClosed{Epoch: b.Epoch, Reason: fmt.Sprintf("none within %s", l.Timing.RevealTimeout)}
+	if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_FailBatchClosed{FailBatchClosed: cmd}}); err != nil {
+		l.Logger.Debug("a batch could not be failed closed", "epoch", b.Epoch, "err", err)
+		return
+	}
+	l.Logger.Warn("reveals are missing: everything in the batch is checked", "epoch", b.Epoch, "missing", missing)
+}
+
+// compareLoop compares results that wait for it, a few at once.
+func (l *leader) compareLoop(ctx context.Context) {
+	for ctx.Err() == nil {
+		changed := l.State.Changed()
+		for _, c := range l.State.ToCompare() {
+			l.examine(ctx, c.Check.Id, func() { l.compare(ctx, c) })
+		}
+		select {
+		case <-ctx.Done():
+		case <-changed:
+		case <-time.After(5 * time.Second): // a blob that could not be read then may be now
+		}
+	}
+}
+
+// examine runs f beside the caller unless it is under way already.
+func (l *leader) examine(ctx context.Context, key string, f func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.busy[key] || l.closed {
+		return
+	}
+	l.busy[key] = true
+	l.work.Go(func() {
+		defer func() {
+			l.mu.Lock()
+			delete(l.busy, key)
+			l.mu.Unlock()
+			l.nudge()
+		}()
+		if l.examiners.Acquire(ctx, 1) != nil {
+			return
+		}
+		defer l.examiners.Release(1)
+		f()
+	})
+}
+
+func (l *leader) compare(ctx context.Context, c state.Comparable) {
+	job := l.State.Job(c.Check.Job)
+	comparator, err := verify.ComparatorOf(job.Spec.Verify)
+	if err != nil {
+		l.Logger.Error("a job has no comparator", "job", job.Id, "err", err)
+		return
+	}
+	cmd := &musterpb.RecordComparisons{Check: c.Check.Id}
+	for _, pair := range c.Pairs {
+		match, detail, err := l.comparePair(ctx, comparator, pair, c.Check.Items, job.Spec.Resources.GetDiskBytes())
+		if err != nil {
+			l.Logger.Warn("results could not be read for a comparison; it is tried again", "check", c.Check.Id, "err", err)
+			return
+		}
+		cmd.Comparisons = append(cmd.Comparisons, &musterpb.Comparison{A: pair[0], B: pair[1], Match: match, Detail: detail})
+	}
+	if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_RecordComparisons{RecordComparisons: cmd}}); err != nil {
+		l.Logger.Debug("a comparison was refused", "check", c.Check.Id, "err", err)
+		return
+	}
+	if v := l.State.Check(c.Check.Id); v.Verdict == musterpb.Verdict_VERDICT_FAILURE {
+		l.Logger.Warn("a result was proved wrong", "job", v.Job, "attempt", v.Target, "worker", l.State.Attempt(v.Target).Worker, "reason", v.Reason)
+	}
+}
+
+// comparePair compares the given items of two results.
+func (l *leader) comparePair(ctx context.Context, comparator verify.Comparator, pair [2]string, items []uint64, limit int64) (bool, string, error) {
+	a, err := l.openResult(ctx, l.State.Attempt(pair[0]), limit)
+	if err != nil {
+		return false, "", err
+	}
+	defer a.close()
+	b, err := l.openResult(ctx, l.State.Attempt(pair[1]), limit)
+	if err != nil {
+		return false, "", err
+	}
+	defer b.close()
+	for _, item := range items {
+		fa, err := a.item(ctx, item)
+		if err != nil {
+			return false, "", err
+		}
+		fb, err := b.item(ctx, item)
+		if err != nil {
+			return false, "", err
+		}
+		if match, detail := comparator.Compare(fa, fb); !match {
+			return false, fmt.Sprintf("item %d: %s", a.value(item), detail), nil
+		}
+	}
+	return true, "", nil
+}
+
+// Explain says why a job waits.
+func (s *Scheduler) Explain(id string) (*musterpb.ExplainJobResponse, error) {
+	l, err := s.leading()
+	if err != nil {
+		return nil, err
+	}
+	job := s.State.Job(id)
+	if job == nil {
+		return nil, api.Errorf(api.NotFound, "job %q is not known", id)
+	}
+	now, workers := time.Now().UnixMilli(), l.workers(s.State.LiveAttempts())
+	out := place.Explain(now, workers, job, nil)
+	switch {
+	case state.Ended(job.State):
+		out = &musterpb.ExplainJobResponse{Workers: out.Workers, Summary: "the job is " + state.StateName(job.State)}
+	case job.State == musterpb.JobState_JOB_STATE_PAUSED:
+		out.Summary = "paused: " + job.Reason
+	case job.NextTask >= job.Tasks && len(job.Requeued) == 0:
+		out.Summary = fmt.Sprintf("nothing of it waits for a worker: %d attempts are under way, %d results are being checked", job.LiveAttempts, job.OpenChecks)
+	}
+	for _, w := range s.State.Queued(0) {
+		if w.Job.Id == id && len(w.Checks) > 0 {
+			run := w.Checks[0]
+			out.Summary += fmt.Sprintf("; %d checks wait for another owner's worker: %s", len(w.Checks), place.Explain(now, workers, job, &run).Summary)
+		}
+	}
+	return out, nil
+}
