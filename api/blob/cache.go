@@ -170,6 +170,8 @@ func (c *Cache) fill(digest api.Digest, entry *cached, fetch func(dst string) er
 		}
 	}()
 	if err = fetch(tmp); err == nil {
+		// Nobody knows an entry here; what may lie there could not be removed.
+		_ = removeAll(c.path(digest))
 		if n, err = diskUsage(tmp, true); err == nil {
 			if err = os.Rename(tmp, c.path(digest)); err == nil {
 				err = syncDir(filepath.Dir(c.path(digest)))
