@@ -1,0 +1,136 @@
+package blob
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/musternet/muster/api"
+)
+
+// Dir is a store in a directory of one process: <two hex digits>/<hex digest>,
+// and unfinished blobs in tmp.
+type Dir struct {
+	path string
+}
+
+var _ Store = (*Dir)(nil)
+
+// NewDir opens the store in the directory path, makes it if needed, and removes
+// what an earlier process left unfinished.
+func NewDir(path string) (*Dir, error) {
+	tmp := filepath.Join(path, "tmp")
+	if err := os.RemoveAll(tmp); err != nil {
+		return nil, diskError(path, err)
+	}
+	if err := os.MkdirAll(tmp, 0o755); err != nil {
+		return nil, diskError(path, err)
+	}
+	for i := range 256 {
+		err := os.Mkdir(filepath.Join(path, fmt.Sprintf("%02x", i)), 0o755)
+		if err != nil && !errors.Is(err, os.ErrExist) {
+			return nil, diskError(path, err)
+		}
+	}
+	return &Dir{path: path}, syncDir(path)
+}
+
+func (d *Dir) file(digest api.Digest) string {
+	hex := digest.Hex()
+	return filepath.Join(d.path, hex[:2], hex)
+}
+
+// Put implements Store. The order of the steps makes it durable: the bytes are
+// on disk before the name is, and the name before Put returns.
+func (d *Dir) Put(ctx context.Context, digest api.Digest, r io.Reader, limit int64) (int64, error) {
+	if size, err := d.Stat(ctx, digest); api.KindOf(err) != api.NotFound {
+		return size, err
+	}
+	f, err := os.CreateTemp(filepath.Join(d.path, "tmp"), "put-*")
+	if err != nil {
+		return 0, diskError(d.path, err)
+	}
+	defer os.Remove(f.Name()) // no effect after the rename
+	in := newIntake(ctx, r, limit)
+	if err := writeDurably(f, in); err != nil {
+		return 0, fmt.Errorf("blob %s: %w", digest, err)
+	}
+	if err := in.verify(digest); err != nil {
+		return 0, err
+	}
+	if err := os.Rename(f.Name(), d.file(digest)); err != nil {
+		return 0, diskError(d.path, err)
+	}
+	return in.size, syncDir(filepath.Dir(d.file(digest)))
+}
+
+// Open implements Store.
+func (d *Dir) Open(ctx context.Context, digest api.Digest) (Reader, error) {
+	if err := checkDigest(digest); err != nil {
+		return nil, err
+	}
+	f, err := os.Open(d.file(digest))
+	if err != nil {
+		return nil, d.readError(digest, err)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, d.readError(digest, err)
+	}
+	return &dirReader{f, info.Size()}, nil
+}
+
+type dirReader struct {
+	*os.File
+	size int64
+}
+
+func (r *dirReader) Size() int64 { return r.size }
+
+// Stat implements Store.
+func (d *Dir) Stat(ctx context.Context, digest api.Digest) (int64, error) {
+	if err := checkDigest(digest); err != nil {
+		return 0, err
+	}
+	info, err := os.Stat(d.file(digest))
+	if err != nil {
+		return 0, d.readError(digest, err)
+	}
+	return info.Size(), nil
+}
+
+// Delete implements Store.
+func (d *Dir) Delete(ctx context.Context, digest api.Digest) error {
+	if err := checkDigest(digest); err != nil {
+		return err
+	}
+	err := os.Remove(d.file(digest))
+	if err == nil {
+		return syncDir(filepath.Dir(d.file(digest)))
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return diskError(d.path, err)
+}
+
+func (d *Dir) readError(digest api.Digest, err error) error {
+	if errors.Is(err, os.ErrNotExist) {
+		return notFound(digest)
+	}
+	return diskError(d.path, err)
+}
+
+// syncDir makes the names in a directory durable.
+func syncDir(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return diskError(path, err)
+	}
+	defer f.Close()
+	return diskError(path, f.Sync())
+}

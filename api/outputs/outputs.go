@@ -1,0 +1,142 @@
+// Package outputs is the archive of what one attempt produced.
+//
+// The archive is a sequence of zstd frames, one per item in order of index, and
+// nothing else. Each frame is a tar of that item's files with sorted names and
+// nothing but content, so that one item can be fetched, verified and compared
+// without the others. The manifest says where each frame lies and what it must
+// hold; it is what the worker signs.
+//
+// Write trusts nothing that a job's program left, and WalkItem, OpenItem and
+// Extract trust nothing that a worker uploaded.
+package outputs
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/musterpb"
+)
+
+// Names in a job's output directory.
+const (
+	// ResultsFile holds the results of a job whose outputs are lines.
+	ResultsFile = "results.jsonl"
+	// LineFile is the one file of an item whose output is a line.
+	LineFile = "line.json"
+)
+
+// MaxLineBytes bounds a line of an input and of ResultsFile.
+const MaxLineBytes = 16 << 20
+
+// maxPathBytes bounds the path of an output file within its item.
+const maxPathBytes = 1024
+
+// Limits bounds the outputs of an attempt when they are written, and of one item
+// when they are read.
+type Limits struct {
+	Bytes int64 // of all files together, uncompressed
+	Files int   // of one item, directories included
+}
+
+// Item is an item that an attempt has to produce.
+type Item struct {
+	Index    uint64
+	Value    uint64
+	CustomID string // of its input line; empty where it has none
+}
+
+// Summary describes a written archive.
+type Summary struct {
+	Digest       api.Digest // of the archive
+	ArchiveBytes int64
+	OutputBytes  int64 // uncompressed
+	Files        int
+}
+
+// fileDigest is one file of an item, as the item's digest covers it.
+type fileDigest struct {
+	path string
+	size int64
+	sum  [sha256.Size]byte
+}
+
+// digestDomain separates the digest of an item from any other use of SHA-256.
+const digestDomain = "muster item output v1\x00"
+
+// itemDigest covers paths, sizes and contents of an item's files, in order of
+// path: every part has a fixed length or its length in front, so that no two
+// sets of files share an encoding.
+func itemDigest(files []fileDigest) []byte {
+	slices.SortFunc(files, func(a, b fileDigest) int { return cmp.Compare(a.path, b.path) })
+	h := sha256.New()
+	number := func(n uint64) {
+		var b [8]byte
+		binary.BigEndian.PutUint64(b[:], n)
+		h.Write(b[:])
+	}
+	h.Write([]byte(digestDomain))
+	number(uint64(len(files)))
+	for _, f := range files {
+		number(uint64(len(f.path)))
+		h.Write([]byte(f.path))
+		number(uint64(f.size))
+		h.Write(f.sum[:])
+	}
+	return h.Sum(nil)
+}
+
+// checkPath is what is wrong with the path of an output file; empty for
+// nothing. The rules hold on every system that results are downloaded to.
+func checkPath(p string) string {
+	switch {
+	case len(p) > maxPathBytes:
+		return "has a path that is too long"
+	case !utf8.ValidString(p) || strings.ContainsFunc(p, unicode.IsControl) || strings.Contains(p, `\`):
+		return "has a name with control characters, a backslash or broken UTF-8"
+	case p == "" || p == "." || path.Clean(p) != p || !filepath.IsLocal(filepath.FromSlash(p)):
+		return "is not a plain relative path"
+	}
+	for name := range strings.SplitSeq(p, "/") {
+		if len(name) > 255 {
+			return "has a name that is too long"
+		}
+	}
+	return ""
+}
+
+// CheckManifest checks that a manifest covers exactly the items with the
+// ascending indexes in want, and that its frames fill an archive of archiveBytes
+// one after the other. It does not read the archive.
+func CheckManifest(m *musterpb.Manifest, want []uint64, archiveBytes int64) error {
+	if len(m.GetItems()) != len(want) {
+		return api.Errorf(api.Invalid, "the manifest lists %d items in place of %d", len(m.GetItems()), len(want))
+	}
+	end := int64(0)
+	for i, mi := range m.GetItems() {
+		switch {
+		case mi.GetIndex() != want[i]:
+			return api.Errorf(api.Invalid, "the manifest lists index %d in place of %d", mi.GetIndex(), want[i])
+		case len(mi.GetOutputDigest()) != sha256.Size:
+			return api.Errorf(api.Invalid, "index %d: the output digest has %d bytes; want %d", mi.Index, len(mi.GetOutputDigest()), sha256.Size)
+		case mi.Offset != end:
+			return api.Errorf(api.Invalid, "index %d: the frame starts at %d; the one before it ends at %d", mi.Index, mi.Offset, end)
+		case mi.Length <= 0 || mi.Length > archiveBytes-mi.Offset:
+			return api.Errorf(api.Invalid, "index %d: a frame of %d bytes at %d does not fit the archive of %d", mi.Index, mi.Length, mi.Offset, archiveBytes)
+		case mi.OutputBytes < 0 || mi.Files == 0:
+			return api.Errorf(api.Invalid, "index %d: %d bytes in %d files", mi.Index, mi.OutputBytes, mi.Files)
+		}
+		end = mi.Offset + mi.Length
+	}
+	if end != archiveBytes {
+		return api.Errorf(api.Invalid, "the frames end at %d; the archive has %d bytes", end, archiveBytes)
+	}
+	return nil
+}
