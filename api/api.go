@@ -102,3 +102,7 @@ func ParseDollars(s string) (MicroUSD, error) {
 	}
 	return MicroUSD(n), nil
 }
+
+// ChallengeText is what a worker signs to prove to a scheduler that it holds
+// its key; the first line keeps the signature from meaning anything elsewhere.
+func ChallengeText(nonce []byte) []byte { return append([]byte("muster session v1\n"), nonce...) }

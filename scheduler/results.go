@@ -161,3 +161,8 @@ func refusalBlame(err error) (blame musterpb.Blame, ours bool) {
 	}
 	return musterpb.Blame_BLAME_WORKER, false
 }
+
+// maxItemFiles bounds the files of one item.
+const maxItemFiles = 100_000
+
+func limitsOf(bytes int64) outputs.Limits { return outputs.Limits{Bytes: bytes, Files: maxItemFiles} }

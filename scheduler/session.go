@@ -57,9 +57,6 @@ func (s *session) cached(digest string) bool {
 	return s.digests[digest]
 }
 
-// ChallengeText is what a worker signs to prove its identity.
-func ChallengeText(nonce []byte) []byte { return append([]byte("muster session v1\n"), nonce...) }
-
 // Serve runs a worker's session until the worker leaves, ctx ends, or this
 // node stops leading. owner is the account of the key that the worker showed.
 func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) error {
@@ -111,7 +108,7 @@ func shakeHands(stream Stream) (*musterpb.WorkerHello, []string, error) {
 		return nil, nil, err
 	}
 	proof := second.GetProof()
-	if !ed25519.Verify(hello.PublicKey, ChallengeText(nonce), proof.GetSignature()) {
+	if !ed25519.Verify(hello.PublicKey, api.ChallengeText(nonce), proof.GetSignature()) {
 		return nil, nil, api.Errorf(api.Unauthenticated, "worker %s: the challenge is not signed by its key", api.WorkerIDOf(hello.PublicKey))
 	}
 	return hello, proof.Running, nil

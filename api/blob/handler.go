@@ -22,9 +22,9 @@ func Path(digest api.Digest) string { return pathPrefix + string(digest) }
 
 const pathPrefix = "/blob/"
 
-// replicaHeader marks a request from one replica to another, which concerns
+// ReplicaHeader marks a request from one replica to another, which concerns
 // what that one holds itself.
-const replicaHeader = "Muster-Replica"
+const ReplicaHeader = "Muster-Replica"
 
 // Handler serves store under /blob/. Every request passes authorize first;
 // limit bounds the bytes of one blob.
@@ -56,7 +56,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	store := h.store
-	if replicated, ok := store.(*Replicated); ok && r.Header.Get(replicaHeader) != "" {
+	if replicated, ok := store.(*Replicated); ok && r.Header.Get(ReplicaHeader) != "" {
 		store = replicated.local
 	}
 	switch r.Method {

@@ -271,7 +271,7 @@ func (h *HTTP) request(ctx context.Context, method, base string, digest api.Dige
 	// Ranges and lengths are those of the blob, so nothing may be compressed.
 	req.Header.Set("Accept-Encoding", "identity")
 	if h.config.Replica {
-		req.Header.Set(replicaHeader, "1")
+		req.Header.Set(ReplicaHeader, "1")
 	}
 	if h.config.Authorization != nil {
 		value, err := h.config.Authorization(ctx)

@@ -50,6 +50,8 @@ func (s *State) cancelJob(c *musterpb.CancelJob) (string, error) {
 	switch {
 	case job == nil:
 		return "", api.Errorf(api.NotFound, "job %q is not known", c.Job)
+	case job.State == musterpb.JobState_JOB_STATE_CANCELLED:
+		return c.Job, nil
 	case Ended(job.State):
 		return "", api.Errorf(api.Conflict, "job %s is %s already", c.Job, StateName(job.State))
 	}

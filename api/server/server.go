@@ -1,0 +1,246 @@
+// Package server is a scheduler's API: RPC for customers, owners and
+// operators, workers' sessions, what schedulers say to each other, and blobs,
+// all on one port. Any scheduler takes any call: one that does not lead passes
+// it on.
+package server
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/blob"
+	"github.com/musternet/muster/api/client"
+	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/api/musterpb/musterpbconnect"
+	"github.com/musternet/muster/scheduler/state"
+)
+
+// Scheduler is the scheduler behind the API.
+type Scheduler interface {
+	ID() api.NodeID
+	// Propose replicates a command; the error is the refusal, or of kind
+	// api.Unavailable when it is not known what became of the command.
+	Propose(ctx context.Context, cmd *musterpb.Command) (id string, err error)
+	// CheckRead makes the reads that follow linearizable, or fails on a node that
+	// can't answer for the cluster.
+	CheckRead() error
+	// Leader is the node that leads, with its API address; empty during elections.
+	Leader() (api.NodeID, string)
+	Explain(job string) (*musterpb.ExplainJobResponse, error)
+	// Connected reports which workers have a session, LogTail what a running
+	// attempt printed last. Only the leader knows either.
+	Connected() map[string]bool
+	LogTail(attempt string) []byte
+}
+
+// Cluster is the part of a scheduler that its peers and workers talk to.
+type Cluster interface {
+	Join(ctx context.Context, node *musterpb.Node) error
+	ProposeForNode(ctx context.Context, r *musterpb.ProposeRequest) (*musterpb.Answer, error)
+	// Session runs a worker's session; owner is the account of its key.
+	Session(ctx context.Context, owner string, stream *connect.BidiStream[musterpb.WorkerMessage, musterpb.SchedulerMessage]) error
+	Term() uint64
+	Applied() uint64
+}
+
+// Limits of what the API takes.
+const (
+	MaxRequestBytes = 8 << 20
+	MaxBlobBytes    = 64 << 30
+)
+
+// Config is what a server is made of.
+type Config struct {
+	State     *state.State
+	Scheduler Scheduler
+	Cluster   Cluster
+	// Blobs answers customers and workers; Local is this node's own copy, for
+	// its peers. They are the same in a store that is shared.
+	Blobs, Local blob.Store
+	Logger       *slog.Logger
+}
+
+// Server is the API of one scheduler.
+type Server struct{ Config }
+
+// New makes a server; Serve runs it.
+func New(cfg Config) *Server { return &Server{cfg} }
+
+// Handler routes every call.
+func (s *Server) Handler() http.Handler {
+	options := []connect.HandlerOption{
+		connect.WithReadMaxBytes(MaxRequestBytes), connect.WithInterceptors(errorKinds{}),
+		connect.WithRecover(s.recovered),
+	}
+	mux := http.NewServeMux()
+	path, muster := musterpbconnect.NewMusterHandler(s, options...)
+	mux.Handle(path, s.authenticated(s.forwarded(muster)))
+	path, sessions := musterpbconnect.NewSessionsHandler((*sessionService)(s), options...)
+	mux.Handle(path, s.authenticated(sessions))
+	path, peers := musterpbconnect.NewPeersHandler((*peerService)(s), options...)
+	mux.Handle(path, s.forwarded(peers))
+	blobs := blob.Handler(s.Blobs, s.mayUseBlobs, MaxBlobBytes)
+	local := blob.Handler(s.Local, s.mayUseBlobs, MaxBlobBytes)
+	mux.Handle("/blob/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get(blob.ReplicaHeader) != "" {
+			local.ServeHTTP(w, r)
+			return
+		}
+		blobs.ServeHTTP(w, r)
+	}))
+	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("ok\n")) })
+	return mux
+}
+
+func (s *Server) recovered(_ context.Context, spec connect.Spec, _ http.Header, p any) error {
+	s.Logger.Error("a call panicked", "procedure", spec.Procedure, "panic", p)
+	return api.Errorf(api.Internal, "the scheduler failed at this call; its log says more")
+}
+
+// Serve answers on l until ctx ends.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
+	srv := &http.Server{
+		Handler: s.Handler(), Protocols: protocols,
+		ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		HTTP2:       &http.HTTP2Config{MaxConcurrentStreams: 10_000, SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second},
+		BaseContext: func(net.Listener) context.Context { return ctx },
+		ErrorLog:    slog.NewLogLogger(s.Logger.Handler(), slog.LevelDebug),
+	}
+	stop := context.AfterFunc(ctx, func() {
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		if srv.Shutdown(grace) != nil {
+			srv.Close() // whoever still reads is cut off
+		}
+	})
+	defer stop()
+	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// errorKinds gives errors the status of their kind.
+type errorKinds struct{}
+
+func (errorKinds) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		resp, err := next(ctx, req)
+		return resp, api.ToConnect(err)
+	}
+}
+
+func (errorKinds) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
+}
+
+func (errorKinds) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		return api.ToConnect(next(ctx, conn))
+	}
+}
+
+const (
+	headerForwarded = "Muster-Forwarded"
+	// HeaderRead asks for "stale" reads, which any scheduler answers by itself.
+	HeaderRead = "Muster-Read"
+)
+
+// forwarded passes a call on to the leader where this node is not it.
+func (s *Server) forwarded(next http.Handler) http.Handler {
+	transport := client.NewTransport()
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		leader, address := s.Scheduler.Leader()
+		switch {
+		case leader == s.Scheduler.ID() || r.Header.Get(HeaderRead) == "stale":
+			next.ServeHTTP(w, r)
+		case address == "" || r.Header.Get(headerForwarded) != "":
+			writeError(w, r, api.Errorf(api.Unavailable, "the schedulers are electing a leader; try again in a second"))
+		default:
+			target, err := url.Parse(client.BaseURL(address))
+			if err != nil {
+				writeError(w, r, api.Errorf(api.Internal, "leader %s has the address %q: %w", leader, address, err))
+				return
+			}
+			proxy := &httputil.ReverseProxy{
+				Rewrite: func(p *httputil.ProxyRequest) {
+					p.SetURL(target)
+					p.Out.Header.Set(headerForwarded, string(s.Scheduler.ID()))
+				},
+				Transport: transport, FlushInterval: -1,
+				ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
+					writeError(w, r, api.Errorf(api.Unavailable, "the leader at %s does not answer: %w", address, err))
+				},
+				ErrorLog: slog.NewLogLogger(s.Logger.Handler(), slog.LevelDebug),
+			}
+			proxy.ServeHTTP(w, r)
+		}
+	})
+}
+
+// writeError answers an RPC outside of its handler.
+func writeError(w http.ResponseWriter, r *http.Request, err error) {
+	_ = connect.NewErrorWriter().Write(w, r, api.ToConnect(err))
+}
+
+// nodeSignatureWindow is how far the clocks of two schedulers may differ.
+const nodeSignatureWindow = 5 * time.Minute
+
+// NodeAuthorization is the Authorization header with which a scheduler asks
+// another for a copy of a blob.
+func NodeAuthorization(id api.NodeID, key ed25519.PrivateKey, now time.Time) string {
+	stamp := strconv.FormatInt(now.Unix(), 10)
+	return "Muster-Node " + string(id) + " " + stamp + " " + encode(ed25519.Sign(key, nodeText(string(id), stamp)))
+}
+
+func nodeText(id, stamp string) []byte { return []byte("muster node v1\n" + id + "\n" + stamp) }
+
+// mayUseBlobs lets in holders of any API key, and the cluster's schedulers.
+func (s *Server) mayUseBlobs(r *http.Request) error {
+	if rest, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Muster-Node "); ok {
+		return s.checkNode(rest)
+	}
+	key, err := s.authenticate(r.Header.Get("Authorization"))
+	if err != nil {
+		return err
+	}
+	switch {
+	case r.Header.Get(blob.ReplicaHeader) != "":
+		return api.Errorf(api.Denied, "only schedulers may ask for the copy of one node")
+	case r.Method == http.MethodPut && key.Role == musterpb.Role_ROLE_READER:
+		return api.Errorf(api.Denied, "a reader key may not upload")
+	}
+	return nil
+}
+
+func (s *Server) checkNode(header string) error {
+	fields := strings.Fields(header)
+	if len(fields) != 3 {
+		return api.Errorf(api.Unauthenticated, "malformed scheduler authorization")
+	}
+	node := s.State.Node(fields[0])
+	unix, err := strconv.ParseInt(fields[1], 10, 64)
+	signature := decode(fields[2])
+	if node == nil || err != nil || !ed25519.Verify(node.PublicKey, nodeText(fields[0], fields[1]), signature) {
+		return api.Errorf(api.Unauthenticated, "scheduler %q is not part of this cluster, or its signature is wrong", fields[0])
+	}
+	if d := time.Since(time.Unix(unix, 0)).Abs(); d > nodeSignatureWindow {
+		return api.Errorf(api.Unauthenticated, "the clocks of scheduler %s and this one differ by %s; at most %s is allowed", fields[0], d.Round(time.Second), nodeSignatureWindow)
+	}
+	return nil
+}
