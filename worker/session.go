@@ -1,0 +1,226 @@
+package worker
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/client"
+	"github.com/musternet/muster/api/musterpb"
+)
+
+type stream = connect.BidiStreamForClient[musterpb.WorkerMessage, musterpb.SchedulerMessage]
+
+// connect dials the scheduler that is most likely to lead and runs one session
+// with it. It returns why that ended.
+func (w *Worker) connect(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // ends the stream, and with it the receiving goroutine
+	address := w.addresses()[0]
+	s := client.Session(ctx, w.http, address, w.APIKey)
+	welcome, err := w.shakeHands(s)
+	if err != nil {
+		var ce *connect.Error
+		if leader := ""; errors.As(err, &ce) {
+			if leader = ce.Meta().Get(client.HeaderLeader); leader != "" && leader != address {
+				w.prefer(leader)
+				return fmt.Errorf("%s is not the leader, %s is", address, leader)
+			}
+		}
+		w.demote(address)
+		return fmt.Errorf("%s: %w", address, api.FromConnect(err))
+	}
+	w.learn(welcome.Schedulers)
+	w.Logger.Info("connected", "scheduler", address, "worker", w.id)
+	return w.serve(ctx, s, welcome)
+}
+
+// shakeHands proves the worker's identity and says what it runs.
+func (w *Worker) shakeHands(s *stream) (*musterpb.Welcome, error) {
+	send := func(m *musterpb.WorkerMessage) error {
+		err := s.Send(m)
+		if errors.Is(err, io.EOF) {
+			_, err = s.Receive() // the server's own error
+		}
+		return err
+	}
+	if err := send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Hello{Hello: w.hello()}}); err != nil {
+		return nil, err
+	}
+	m, err := s.Receive()
+	if err != nil {
+		return nil, err
+	}
+	nonce := m.GetChallenge().GetNonce()
+	if len(nonce) < 16 {
+		return nil, api.Errorf(api.Internal, "the scheduler's challenge has %d bytes", len(nonce))
+	}
+	proof := &musterpb.WorkerProof{Signature: ed25519.Sign(w.Key, api.ChallengeText(nonce)), Running: w.running()}
+	if err := send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Proof{Proof: proof}}); err != nil {
+		return nil, err
+	}
+	if m, err = s.Receive(); err != nil {
+		return nil, err
+	}
+	if m.GetWelcome() == nil {
+		return nil, api.Errorf(api.Internal, "the scheduler did not answer the handshake")
+	}
+	return m.GetWelcome(), nil
+}
+
+// serve is one session: heartbeats and reports out, assignments in.
+func (w *Worker) serve(ctx context.Context, s *stream, welcome *musterpb.Welcome) error {
+	for _, id := range welcome.Stop {
+		w.forget(id, "the schedulers do not want it any more")
+	}
+	w.reportAgain()
+	received := make(chan error, 1)
+	go func() {
+		for {
+			m, err := s.Receive()
+			if err != nil {
+				received <- err
+				return
+			}
+			w.receive(ctx, m)
+		}
+	}()
+	beat := time.NewTicker(max(time.Duration(welcome.HeartbeatMs)*time.Millisecond, 50*time.Millisecond))
+	defer beat.Stop()
+	full := true // the first heartbeat lists the whole cache
+	for n := 0; ; {
+		select {
+		case <-ctx.Done():
+			_ = s.CloseRequest()
+			return ctx.Err()
+		case err := <-received:
+			if errors.Is(err, io.EOF) {
+				err = errSilent
+			}
+			return api.FromConnect(err)
+		case m := <-w.outbox:
+			if err := s.Send(m); err != nil {
+				return fmt.Errorf("sending: %w", err)
+			}
+		case <-beat.C:
+			if err := s.Send(w.heartbeat(full)); err != nil {
+				return fmt.Errorf("sending a heartbeat: %w", err)
+			}
+			full = false
+			if n++; n%10 == 0 {
+				full = true
+				w.reportAgain()
+			}
+		}
+	}
+}
+
+// receive handles one message. Nothing here waits.
+func (w *Worker) receive(ctx context.Context, m *musterpb.SchedulerMessage) {
+	switch m := m.Message.(type) {
+	case *musterpb.SchedulerMessage_Assign:
+		w.start(m.Assign)
+	case *musterpb.SchedulerMessage_Stop:
+		w.forget(m.Stop.Attempt, m.Stop.Reason)
+	case *musterpb.SchedulerMessage_Outcome:
+		if !m.Outcome.Accepted {
+			w.Logger.Warn("a result was refused", "attempt", m.Outcome.Attempt, "reason", m.Outcome.Reason)
+		}
+		w.forget(m.Outcome.Attempt, "")
+	}
+}
+
+// maxTail bounds the log output of one attempt in one heartbeat.
+const maxTail = 16 << 10
+
+func (w *Worker) heartbeat(full bool) *musterpb.WorkerMessage {
+	h := &musterpb.Heartbeat{Full: full}
+	w.mu.Lock()
+	for id, r := range w.runs {
+		h.Running = append(h.Running, id)
+		if tail := r.log.take(maxTail); len(tail) > 0 {
+			h.Logs = append(h.Logs, &musterpb.LogTail{Attempt: id, Data: tail})
+		}
+	}
+	w.mu.Unlock()
+	if full {
+		for _, d := range w.cache.Digests() {
+			h.Cached = append(h.Cached, string(d))
+		}
+	}
+	return &musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Heartbeat{Heartbeat: h}}
+}
+
+// running lists every attempt whose end the schedulers have not confirmed.
+func (w *Worker) running() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	ids := make([]string, 0, len(w.runs))
+	for id := range w.runs {
+		ids = append(ids, id)
+	}
+	return ids
+}
+
+// reportAgain repeats the reports that were not answered.
+func (w *Worker) reportAgain() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, r := range w.runs {
+		if r.report != nil {
+			w.say(r.report)
+		} else if r.started {
+			w.say(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Started{Started: &musterpb.AttemptStarted{Attempt: r.assignment.Attempt}}})
+		}
+	}
+}
+
+// say queues a message for the stream, and drops it when the queue is full: it
+// is said again later.
+func (w *Worker) say(m *musterpb.WorkerMessage) {
+	select {
+	case w.outbox <- m:
+	default:
+	}
+}
+
+// start runs an assignment, unless it runs already.
+func (w *Worker) start(a *musterpb.Assignment) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.runs[a.Attempt] != nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &run{assignment: a, cancel: cancel, log: newTail()}
+	w.runs[a.Attempt] = r
+	w.attempts.Go(func() {
+		defer cancel()
+		report := w.execute(ctx, r)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if w.runs[a.Attempt] == r { // nobody stopped it meanwhile
+			r.report = report
+			w.say(report)
+		}
+	})
+}
+
+// forget stops an attempt, if it still runs, and drops it.
+func (w *Worker) forget(id, reason string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if r := w.runs[id]; r != nil {
+		if reason != "" {
+			w.Logger.Info("attempt stopped", "attempt", id, "reason", reason)
+		}
+		r.cancel()
+		delete(w.runs, id)
+	}
+}

@@ -1,0 +1,217 @@
+// Package worker is the owner's side: one process on one machine that dials
+// the schedulers, runs attempts in containers, and reports what came out.
+//
+// It dials out and never listens, so it works behind any router. What it runs
+// survives a broken connection: on every new session it states what it has, and
+// is told what to keep.
+package worker
+
+import (
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/blob"
+	"github.com/musternet/muster/api/client"
+	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/container"
+	"github.com/musternet/muster/gpu"
+)
+
+// Config is what a worker is made of.
+type Config struct {
+	Key        ed25519.PrivateKey // the machine's identity
+	Name       string             // for people; need not be unique
+	Dir        string             // of caches and of running attempts
+	Schedulers []string           // API addresses; one is enough
+	APIKey     string             // of the owner's account
+	// PricePerHour is asked for one GPU, or for a job without GPUs.
+	PricePerHour api.MicroUSD
+	AllowNetwork bool
+	// Runtimes by name: "docker", "wasm".
+	Runtimes  map[string]container.Runtime
+	Inventory gpu.Inventory
+	// What jobs may use of this machine.
+	MilliCPUs, MemoryBytes, DiskBytes int64
+	// CacheBytes bounds the cache of images and inputs.
+	CacheBytes int64
+	Logger     *slog.Logger
+}
+
+// Worker is one worker. Run runs it.
+type Worker struct {
+	Config
+	id    string
+	http  *http.Client
+	blobs *blob.HTTP
+	cache *blob.Cache
+
+	mu         sync.Mutex
+	runs       map[string]*run // guarded by mu; by attempt, until the schedulers know how it ended
+	schedulers []string        // guarded by mu; addresses to dial, the best first
+	outbox     chan *musterpb.WorkerMessage
+	attempts   sync.WaitGroup
+}
+
+// maxOutbox bounds what waits for the stream; what does not fit is said again
+// at the next heartbeat or session.
+const maxOutbox = 1024
+
+// New makes a worker.
+func New(cfg Config) *Worker {
+	w := &Worker{
+		Config: cfg, id: string(api.WorkerIDOf(cfg.Key.Public().(ed25519.PublicKey))), http: &http.Client{Transport: client.NewTransport()},
+		runs: map[string]*run{}, schedulers: slices.Clone(cfg.Schedulers), outbox: make(chan *musterpb.WorkerMessage, maxOutbox),
+	}
+	w.blobs = client.Blobs(w.http, cfg.APIKey, w.addresses)
+	return w
+}
+
+// ID is the worker's identity.
+func (w *Worker) ID() string { return w.id }
+
+// Run works until ctx ends, then stops what runs and waits for it.
+func (w *Worker) Run(ctx context.Context) error {
+	if err := w.cleanUp(ctx); err != nil {
+		return err
+	}
+	cache, err := blob.OpenCache(filepath.Join(w.Dir, "cache"), w.CacheBytes)
+	if err != nil {
+		return err
+	}
+	w.cache = cache
+	defer w.http.CloseIdleConnections()
+	defer w.stopAll()
+	for wait := time.Duration(0); ; wait = min(2*wait+100*time.Millisecond, 5*time.Second) {
+		began := time.Now()
+		err := w.connect(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if k := api.KindOf(err); k == api.Denied || k == api.Unauthenticated || k == api.Invalid {
+			return fmt.Errorf("the schedulers refuse this worker: %w", err)
+		}
+		w.Logger.Warn("not connected to the schedulers", "err", err)
+		if time.Since(began) > time.Minute {
+			wait = 0 // it was a good session; dial again at once
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
+	}
+}
+
+// stopAll ends what still runs and waits until nothing of it is left.
+func (w *Worker) stopAll() {
+	for _, id := range w.running() {
+		w.forget(id, "the worker stops")
+	}
+	w.attempts.Wait()
+}
+
+// cleanUp removes what an earlier process of this worker left behind.
+func (w *Worker) cleanUp(ctx context.Context) error {
+	for name, rt := range w.Runtimes {
+		n, err := rt.Sweep(ctx)
+		if err != nil {
+			return fmt.Errorf("cleaning up after an earlier run (%s): %w", name, err)
+		}
+		if n > 0 {
+			w.Logger.Info("removed what an earlier process left behind", "runtime", name, "containers", n)
+		}
+	}
+	if err := os.RemoveAll(w.attemptsDir()); err != nil {
+		return fmt.Errorf("cleaning up after an earlier run: %w", err)
+	}
+	if err := os.MkdirAll(w.attemptsDir(), 0o700); err != nil {
+		return fmt.Errorf("worker directory: %w", err)
+	}
+	return nil
+}
+
+func (w *Worker) attemptsDir() string { return filepath.Join(w.Dir, "attempts") }
+
+// addresses are the schedulers' addresses, the one that answered last first.
+func (w *Worker) addresses() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.schedulers)
+}
+
+// prefer puts an address first, and keeps the others behind it.
+func (w *Worker) prefer(address string) {
+	if address == "" {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	rest := slices.DeleteFunc(slices.Clone(w.schedulers), func(a string) bool { return a == address })
+	w.schedulers = append([]string{address}, rest...)
+}
+
+// learn adds the addresses of the cluster to those that the worker was given.
+func (w *Worker) learn(addresses []string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, a := range addresses {
+		if !slices.Contains(w.schedulers, a) && len(w.schedulers) < 64 {
+			w.schedulers = append(w.schedulers, a)
+		}
+	}
+}
+
+// demote puts an address that did not answer last.
+func (w *Worker) demote(address string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if i := slices.Index(w.schedulers, address); i >= 0 {
+		w.schedulers = append(slices.Delete(w.schedulers, i, i+1), address)
+	}
+}
+
+// hello is what the worker says of itself.
+func (w *Worker) hello() *musterpb.WorkerHello {
+	c := &musterpb.Capacity{
+		MilliCpus: w.MilliCPUs, MemoryBytes: w.MemoryBytes, DiskBytes: w.DiskBytes,
+		NoGpuReason: w.Inventory.Reason, Platform: "linux/" + runtime.GOARCH,
+	}
+	for name := range w.Runtimes {
+		c.Runtimes = append(c.Runtimes, name)
+	}
+	slices.Sort(c.Runtimes)
+	for _, d := range w.Inventory.Devices {
+		c.Devices = append(c.Devices, deviceMessage(d))
+	}
+	return &musterpb.WorkerHello{
+		PublicKey: w.Key.Public().(ed25519.PublicKey), Name: w.Name, Capacity: c,
+		PriceMicroUsdPerHour: int64(w.PricePerHour), AllowNetwork: w.AllowNetwork,
+	}
+}
+
+func deviceMessage(d gpu.Device) *musterpb.Device {
+	value := func(v *uint32) uint32 {
+		if v == nil {
+			return 0
+		}
+		return *v
+	}
+	return &musterpb.Device{
+		Index: uint32(d.Index), Uuid: d.UUID, Name: d.Name, MemoryBytes: d.MemoryBytes, ComputeCapability: d.ComputeCapability,
+		Architecture: d.Architecture, Driver: d.Driver, Mig: d.MIG, TemperatureCelsius: value(d.TemperatureC),
+		PowerMilliwatts: value(d.PowerMilliwatts), UtilizationPercent: value(d.UtilizationPercent), Unhealthy: d.Unhealthy,
+	}
+}
+
+var errSilent = errors.New("the scheduler closed the session")
