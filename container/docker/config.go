@@ -79,7 +79,7 @@ func environment(spec container.Spec, facts imageFacts, cdi bool) []string {
 }
 
 // hostConfig is the sandbox.
-func hostConfig(spec container.Spec, facts imageFacts, engine Engine, opts Options) *dcontainer.HostConfig {
+func hostConfig(spec container.Spec, facts imageFacts, engine Engine, user identity, opts Options) *dcontainer.HostConfig {
 	memoryBytes := max(spec.Memory(), minMemoryBytes)
 	scratchBytes := memoryBytes / 2
 	pids := spec.PIDLimit()
@@ -97,7 +97,7 @@ func hostConfig(spec container.Spec, facts imageFacts, engine Engine, opts Optio
 		// When the host itself runs out of memory, jobs go before the worker.
 		OomScoreAdj: 500,
 		ShmSize:     scratchBytes, // charged to the memory limit, like the tmpfs below
-		Tmpfs:       map[string]string{container.TempDir: scratch(scratchBytes)},
+		Tmpfs:       map[string]string{container.TempDir: scratch(scratchBytes, user)},
 		Mounts:      []mount.Mount{bind(spec.Outputs, container.OutputDir, false)},
 		Resources: dcontainer.Resources{
 			Memory:         memoryBytes,
@@ -123,12 +123,14 @@ func hostConfig(spec container.Spec, facts imageFacts, engine Engine, opts Optio
 	} else {
 		host.Tmpfs[container.InputDir] = "ro,nosuid,nodev,noexec,size=4096,mode=0555"
 	}
-	coverVolumes(host, facts.volumes, scratchBytes)
+	coverVolumes(host, facts.volumes, scratch(scratchBytes, user))
 	return host
 }
 
-func scratch(sizeBytes int64) string {
-	return fmt.Sprintf("rw,exec,nosuid,nodev,size=%d,mode=1777", sizeBytes)
+// scratch is a tmpfs that the program's user owns: runc gives it the mode of
+// the image's directory, whatever mode is asked for, and that may be 0755.
+func scratch(sizeBytes int64, user identity) string {
+	return fmt.Sprintf("rw,exec,nosuid,nodev,size=%d,mode=1777,uid=%d,gid=%d", sizeBytes, user.uid, user.gid)
 }
 
 func bind(source, target string, readOnly bool) mount.Mount {
@@ -149,11 +151,11 @@ func fileSizeLimit(bytes int64) *dcontainer.Ulimit {
 // coverVolumes puts a bounded tmpfs where the image declares a volume. The
 // engine would otherwise make a directory on the host's disk there: writable,
 // without any limit.
-func coverVolumes(host *dcontainer.HostConfig, volumes []string, sizeBytes int64) {
+func coverVolumes(host *dcontainer.HostConfig, volumes []string, tmpfs string) {
 	taken := []string{"/", container.InputDir, container.OutputDir, container.TempDir}
 	for _, volume := range volumes {
 		if target := path.Clean("/" + volume); !slices.Contains(taken, target) {
-			host.Tmpfs[target] = scratch(sizeBytes)
+			host.Tmpfs[target] = tmpfs
 		}
 	}
 }

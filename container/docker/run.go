@@ -169,7 +169,7 @@ func (r *Runtime) create(ctx context.Context, spec container.Spec, engine Engine
 	defer cancel()
 	created, err := r.client.ContainerCreate(detached,
 		config(spec, tag, facts, user, r.opts.Owner, usesCDI(spec.GPUs, engine)),
-		hostConfig(spec, facts, engine, r.opts), nil, nil, "")
+		hostConfig(spec, facts, engine, user, r.opts), nil, nil, "")
 	if cerrdefs.IsInvalidArgument(err) && strings.Contains(strings.ToLower(err.Error()), "no command specified") {
 		logs.Note("the image has no command of its own, and the job gave none")
 		return "", container.Result{Reason: container.Exited, ExitCode: exitNotFound}, nil
