@@ -166,3 +166,21 @@ func (q Quota) check() error {
 	}
 	return nil
 }
+
+// Settle fills in what /out holds once nothing writes to it any more. A program
+// that ended by itself with too much there is OutputTooLarge.
+func Settle(result Result, spec Spec, logs *Log) (Result, error) {
+	var err error
+	result.OutputBytes, err = Measure(spec.Outputs, spec.OutputLimit())
+	if errors.Is(err, ErrTooLarge) {
+		if result.Reason == Exited {
+			logs.Note("outputs: %v", err)
+			result.Reason = OutputTooLarge
+		}
+		return result, nil
+	}
+	if err != nil {
+		return Result{}, fmt.Errorf("run %s: measure outputs: %w", spec.ID, err)
+	}
+	return result, nil
+}

@@ -59,24 +59,7 @@ func (r *Runtime) Run(ctx context.Context, spec container.Spec) (container.Resul
 	if err != nil {
 		return container.Result{}, err
 	}
-	return measure(result, spec, logs)
-}
-
-// measure fills in what /out holds now that nothing writes to it any more.
-func measure(result container.Result, spec container.Spec, logs *container.Log) (container.Result, error) {
-	var err error
-	result.OutputBytes, err = container.Measure(spec.Outputs, spec.OutputLimit())
-	if errors.Is(err, container.ErrTooLarge) {
-		if result.Reason == container.Exited {
-			logs.Note("outputs: %v", err)
-			result.Reason = container.OutputTooLarge
-		}
-		return result, nil
-	}
-	if err != nil {
-		return container.Result{}, fmt.Errorf("docker: run %s: measure outputs: %w", spec.ID, err)
-	}
-	return result, nil
+	return container.Settle(result, spec, logs)
 }
 
 // handOver lets the program's user reach /in and /out, and returns what gives
