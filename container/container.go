@@ -41,6 +41,8 @@ type Spec struct {
 	// Env holds NAME=value pairs.
 	Env []string
 	// Inputs is the host directory shown read-only at /in. Empty: an empty /in.
+	// What is in it must be readable by any user, because the program runs as
+	// one that owns nothing; the directory itself is made so.
 	Inputs string
 	// Outputs is the host directory shown at /out. It must exist and be empty.
 	Outputs string
@@ -51,6 +53,7 @@ type Spec struct {
 	MilliCPUs   int64 // 1000 = one core; 0 = no limit
 	MemoryBytes int64 // 0 = the runtime's default, never "unlimited"
 	// OutputBytes bounds what /out may hold; a run that exceeds it is stopped.
+	// 0 = DefaultOutputBytes, never "unlimited".
 	OutputBytes int64
 	PIDs        int64         // 0 = the runtime's default
 	Timeout     time.Duration // wall time; 0 is refused
