@@ -189,16 +189,21 @@ func slabs(from, inverse, low, high vec) (enter, leave float64) {
 }
 
 // node is a box in the hierarchy: a leaf with shapes[first:first+count], or,
-// with count 0, a branch whose children are the next node and node `first`.
+// with count 0, a branch whose children are the next node and node first, lower
+// and higher along the axis.
 type node struct {
 	low, high    vec
 	first, count int32
+	axis         int
 }
 
 const (
 	leafShapes = 2
-	// maxDepth is enough for maxObjects + maxTriangles shapes halved at each level.
-	maxDepth = 32
+	// Below carefulDepth the tree is cut for speed, from there on in halves, so
+	// that it ends before maxDepth whatever the scene: 2^20 shapes are more than
+	// maxObjects + maxTriangles.
+	carefulDepth = 24
+	maxDepth     = carefulDepth + 20
 )
 
 // hierarchy finds the shapes near a ray without asking all of them.
@@ -210,75 +215,142 @@ type hierarchy struct {
 func newHierarchy(shapes []shape) hierarchy {
 	h := hierarchy{shapes: shapes}
 	if len(shapes) > 0 {
-		h.split(0, len(shapes))
+		h.split(0, len(shapes), 0)
 	}
 	return h
 }
 
-// split makes the node of shapes[from:to], cutting at the middle shape along
-// the longest side. The sort is stable, so the tree depends on the scene alone.
-func (h *hierarchy) split(from, to int) {
+// split makes the node of shapes[from:to] and those below it. The sorts are
+// stable, so the tree depends on the scene alone.
+func (h *hierarchy) split(from, to, depth int) {
 	part := h.shapes[from:to]
-	low, high := part[0].bounds()
-	for i := range part[1:] {
-		l, u := part[i+1].bounds()
-		low, high = low.min(l), high.most(u)
-	}
+	low, high := surround(part)
 	at := len(h.nodes)
 	h.nodes = append(h.nodes, node{low: low, high: high, first: int32(from), count: int32(len(part))})
 	if len(part) <= leafShapes {
 		return
 	}
-	size, axis := high.sub(low), 0
+	axis, left := longest(high.sub(low)), len(part)/2
+	if depth < carefulDepth {
+		axis, left = bestCut(part)
+	}
+	sortAlong(part, axis)
+	h.split(from, from+left, depth+1)
+	second := int32(len(h.nodes))
+	h.split(from+left, to, depth+1)
+	h.nodes[at].first, h.nodes[at].count, h.nodes[at].axis = second, 0, axis
+}
+
+func surround(part []shape) (low, high vec) {
+	low, high = part[0].bounds()
+	for i := range part[1:] {
+		l, u := part[i+1].bounds()
+		low, high = low.min(l), high.most(u)
+	}
+	return low, high
+}
+
+func longest(size vec) int {
+	axis := 0
 	for i := 1; i < 3; i++ {
 		if size.axis(i) > size.axis(axis) {
 			axis = i
 		}
 	}
+	return axis
+}
+
+func sortAlong(part []shape, axis int) {
 	slices.SortStableFunc(part, func(a, b shape) int {
 		al, ah := a.bounds()
 		bl, bh := b.bounds()
 		return cmp.Compare(al.axis(axis)+ah.axis(axis), bl.axis(axis)+bh.axis(axis))
 	})
-	middle := from + len(part)/2
-	h.split(from, middle)
-	second := int32(len(h.nodes))
-	h.split(middle, to)
-	h.nodes[at].first, h.nodes[at].count = second, 0
+}
+
+// bestCut is the axis, and the number of shapes on its low side, for which a
+// random ray is expected to meet the fewest shapes: their number weighted by
+// the surface of the box around them.
+func bestCut(part []shape) (axis, left int) {
+	best := math.Inf(1)
+	axis, left = 0, len(part)/2
+	costs := make([]float64, len(part))
+	for a := range 3 {
+		sortAlong(part, a)
+		low, high := part[0].bounds()
+		for i := 1; i < len(part); i++ {
+			costs[i] = float64(area(high.sub(low)) * float64(i))
+			l, u := part[i].bounds()
+			low, high = low.min(l), high.most(u)
+		}
+		low, high = part[len(part)-1].bounds()
+		for i := len(part) - 1; i > 0; i-- {
+			l, u := part[i].bounds()
+			low, high = low.min(l), high.most(u)
+			if cost := costs[i] + float64(area(high.sub(low))*float64(len(part)-i)); cost < best {
+				best, axis, left = cost, a, i
+			}
+		}
+	}
+	return axis, left
+}
+
+func area(size vec) float64 {
+	return float64(size.x*size.y) + float64(size.y*size.z) + float64(size.z*size.x)
 }
 
 // nearest is the first shape that r meets before limit, and where; without one
 // it returns limit and nil.
 func (h *hierarchy) nearest(r ray, limit float64) (float64, *shape) {
 	var found *shape
-	if len(h.nodes) == 0 {
-		return limit, nil
-	}
-	inverse := vec{1 / r.dir.x, 1 / r.dir.y, 1 / r.dir.z}
-	var stack [maxDepth]int32
-	depth := 1
-	for depth > 0 {
-		depth--
-		i := stack[depth]
-		for {
-			n := &h.nodes[i]
-			enter, leave := slabs(r.from, inverse, n.low, n.high)
-			if enter > leave || leave < near || enter > limit {
-				break
+	w := h.walk(r)
+	for leaf := w.next(limit); leaf != nil; leaf = w.next(limit) {
+		for i := range leaf {
+			if t := leaf[i].hit(r); t < limit {
+				limit, found = t, &leaf[i]
 			}
-			if n.count == 0 {
-				stack[depth] = n.first
-				depth++
-				i++
-				continue
-			}
-			for k := n.first; k < n.first+n.count; k++ {
-				if t := h.shapes[k].hit(r); t < limit {
-					limit, found = t, &h.shapes[k]
-				}
-			}
-			break
 		}
 	}
 	return limit, found
+}
+
+// walk starts a visit of the leaves near a ray, roughly from near to far.
+func (h *hierarchy) walk(r ray) walk {
+	w := walk{h: h, from: r.from, inverse: vec{1 / r.dir.x, 1 / r.dir.y, 1 / r.dir.z}}
+	w.back = [3]bool{r.dir.x < 0, r.dir.y < 0, r.dir.z < 0}
+	if len(h.nodes) > 0 {
+		w.depth = 1
+	}
+	return w
+}
+
+type walk struct {
+	h             *hierarchy
+	from, inverse vec
+	back          [3]bool
+	depth         int
+	stack         [maxDepth]int32
+}
+
+// next is the next leaf that the ray may enter before limit, nil at the end.
+func (w *walk) next(limit float64) []shape {
+	for w.depth > 0 {
+		w.depth--
+		i := w.stack[w.depth]
+		n := &w.h.nodes[i]
+		enter, leave := slabs(w.from, w.inverse, n.low, n.high)
+		if enter > leave || leave < near || enter > limit {
+			continue
+		}
+		if n.count > 0 {
+			return w.h.shapes[n.first : n.first+n.count]
+		}
+		first, second := i+1, n.first
+		if w.back[n.axis] {
+			first, second = second, first
+		}
+		w.stack[w.depth], w.stack[w.depth+1] = second, first
+		w.depth += 2
+	}
+	return nil
 }

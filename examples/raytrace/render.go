@@ -55,7 +55,7 @@ func (w *world) renderRow(img *image.NRGBA64, frame, y int, o options) {
 			px := (float64(x) + 0.5 + tent(dx)) / float64(o.width)
 			py := (float64(y) + 0.5 + tent(dy)) / height
 			r := w.camera.ray(float64((float64(2*px)-1)*aspect), 1-float64(2*py), &s)
-			sum = sum.add(bounded(w.radiance(r, &s)))
+			sum = sum.add(bounded(w.radiance(r, &s), brightest))
 		}
 		c := sum.scale(w.exposure / float64(o.samples))
 		row := img.Pix[img.PixOffset(x, y):]
@@ -74,13 +74,6 @@ func tent(u float64) float64 {
 		return math.Sqrt(float64(2*u)) - 1
 	}
 	return 1 - math.Sqrt(float64(2*(1-u)))
-}
-
-func bounded(c vec) vec {
-	if m := c.max(); m > brightest {
-		return c.scale(brightest / m)
-	}
-	return c
 }
 
 // encode turns light into a 16-bit sRGB value: K. Narkowicz' fit of the ACES

@@ -110,23 +110,28 @@ const glassShadow = 0.82
 // reaching is the share of light that arrives from distance limit along r.
 func (w *world) reaching(r ray, limit float64) vec {
 	share := vec{1, 1, 1}
-	var through *shape
-	for range 16 {
-		t, s := w.nearest(r, limit)
-		if s == nil {
-			return share
+	shadow := func(s *shape) bool {
+		if s.hit(r) >= limit {
+			return true
 		}
 		m := &w.materials[s.material]
-		if m.kind != glass {
+		share = share.mul(m.color).scale(glassShadow)
+		return m.kind == glass
+	}
+	for i := range w.planes {
+		if !shadow(&w.planes[i]) {
 			return vec{}
 		}
-		if s != through { // the far side of the same body counts once
-			share, through = share.mul(m.color).scale(glassShadow), s
-		}
-		r.from = r.at(t)
-		limit -= t
 	}
-	return vec{}
+	walk := w.tree.walk(r)
+	for leaf := walk.next(limit); leaf != nil; leaf = walk.next(limit) {
+		for i := range leaf {
+			if !shadow(&leaf[i]) {
+				return vec{}
+			}
+		}
+	}
+	return share
 }
 
 // sky is the light from direction d. The disk of the sun is left out where
@@ -153,62 +158,102 @@ func (w *world) sky(d vec, withSun bool) vec {
 	return c
 }
 
-// brightest bounds one sample. A rarer, brighter one would be a white dot that
-// no affordable number of samples averages away.
-const brightest = 8
+// Bounds on what one sample may find, in all and where light meets a second
+// matt surface. A rarer, brighter one would be a white dot that no affordable
+// number of samples averages away.
+const (
+	brightest       = 8
+	brightestBounce = 1.2
+)
 
-// radiance follows one path of light backwards from the camera.
+func bounded(c vec, most float64) vec {
+	if m := c.max(); m > most {
+		return c.scale(most / m)
+	}
+	return c
+}
+
+// radiance is the light that comes back along r, from one random path.
 func (w *world) radiance(r ray, s *sampler) vec {
+	return w.follow(path{ray: r, weight: vec{1, 1, 1}, direct: true}, s)
+}
+
+// path is where a path of light, followed backwards from the camera, has got to.
+type path struct {
+	ray    ray
+	weight vec // the share of what it finds that reaches the camera
+	depth  int // surfaces met
+	// direct says that those were mirrors and glass, so that lights it meets
+	// were not counted by a surface that looked for them.
+	direct bool
+}
+
+func (w *world) follow(p path, s *sampler) vec {
 	var sum vec
-	weight := vec{1, 1, 1}
-	// direct says that the path so far is mirrors and glass, so that lights it
-	// meets were not yet counted by a surface that looked for them.
-	direct := true
-	for depth := 0; depth < w.bounces; depth++ {
-		t, body := w.nearest(r, math.Inf(1))
+	for ; p.depth < w.bounces; p.depth++ {
+		t, body := w.nearest(p.ray, math.Inf(1))
 		if body == nil {
-			return sum.add(weight.mul(w.sky(r.dir, direct)))
+			return sum.add(p.weight.mul(w.sky(p.ray.dir, p.direct)))
 		}
-		p := r.at(t)
-		if direct && w.haze > 0 {
+		dir, at := p.ray.dir, p.ray.at(t)
+		if p.direct && w.haze > 0 {
 			clear := float64(w.haze * t)
 			clear = 1 / (1 + float64(clear*clear))
-			sum = sum.add(weight.mul(w.sky(vec{r.dir.x, max(r.dir.y, 0), r.dir.z}, false)).scale(1 - clear))
-			weight = weight.scale(clear)
+			sum = sum.add(p.weight.mul(w.sky(vec{dir.x, max(dir.y, 0), dir.z}, false)).scale(1 - clear))
+			p.weight = p.weight.scale(clear)
 		}
-		n := body.normal(p)
-		inside := n.dot(r.dir) > 0
+		n := body.normal(at)
+		inside := n.dot(dir) > 0
 		if inside {
 			n = n.neg()
 		}
 		m := &w.materials[body.material]
 		switch m.kind {
 		case light:
-			if direct || body.kind != sphereShape {
-				sum = sum.add(weight.mul(m.color))
+			if p.direct || body.kind != sphereShape {
+				sum = sum.add(p.weight.mul(m.color))
 			}
 			return sum
 		case metal:
-			weight = weight.mul(mix(m.color, vec{1, 1, 1}, fresnel(-n.dot(r.dir))))
-			r = ray{p, blurred(reflect(r.dir, n), n, m.roughness, s)}
+			p.weight = p.weight.mul(mix(m.color, vec{1, 1, 1}, fresnel(-n.dot(dir))))
+			p.ray = ray{at, blurred(reflect(dir, n), n, m.roughness, s)}
 		case glass:
-			weight = weight.mul(m.color)
-			r = ray{p, refracted(r.dir, n, m.index, inside, s)}
+			p.weight = p.weight.mul(m.color)
+			p.ray = ray{at, refracted(dir, n, m.index, inside, s)}
 		default:
-			if m.kind == coated && s.one() < 0.04+float64(0.96*fresnel(-n.dot(r.dir))) {
-				r = ray{p, blurred(reflect(r.dir, n), n, m.roughness, s)}
+			gloss := 0.0
+			if m.kind == coated {
+				gloss = 0.04 + float64(0.96*fresnel(-n.dot(dir)))
+			}
+			if p.depth > 0 && s.one() < gloss {
+				p.ray = ray{at, blurred(reflect(dir, n), n, m.roughness, s)}
 				break
 			}
-			weight = weight.mul(m.at(p))
-			sum = sum.add(weight.mul(w.lit(p, n, s)))
-			r, direct = ray{p, scattered(n, s)}, false
+			mirrored := p
+			if p.depth == 0 {
+				p.weight = p.weight.scale(1 - gloss)
+			}
+			p.weight = p.weight.mul(m.at(at))
+			arriving := w.lit(at, n, s)
+			if !p.direct {
+				arriving = bounded(arriving, brightestBounce)
+			}
+			sum = sum.add(p.weight.mul(arriving))
+			p.ray, p.direct = ray{at, scattered(n, s)}, false
+			if mirrored.depth == 0 && gloss > 0 {
+				// The coat of what the camera sees is followed every time, not by
+				// chance: highlights would be speckles otherwise.
+				mirrored.ray = ray{at, blurred(reflect(dir, n), n, m.roughness, s)}
+				mirrored.weight, mirrored.depth = mirrored.weight.scale(gloss), 1
+				sum = sum.add(w.follow(mirrored, s))
+			}
 		}
-		if depth >= 3 {
-			keep := min(0.95, weight.max())
+		if p.depth >= 3 {
+			keep := min(0.95, p.weight.max())
 			if s.one() >= keep {
 				return sum
 			}
-			weight = weight.scale(1 / keep)
+			p.weight = p.weight.scale(1 / keep)
 		}
 	}
 	return sum

@@ -89,17 +89,22 @@ func sincosDegrees(degrees float64) (sin, cos float64) {
 	return sin, cos
 }
 
-// sincosEighth sums the Taylor series for |x| up to pi/4, where seven terms
+// sincosEighth sums the Taylor series for |x| up to pi/4, where eight terms
 // reach the last bits of a float64.
 func sincosEighth(x float64) (sin, cos float64) {
 	x2 := float64(x * x)
-	s, c := 1.0, 1.0
-	for k := 15.0; k > 1; k -= 2 {
-		s = 1 - float64(float64(s*x2)/float64(k*(k-1)))
-		c = 1 - float64(float64(c*x2)/float64((k-1)*(k-2)))
+	s, c := sinTerms[7], cosTerms[7]
+	for k := 6; k >= 0; k-- {
+		s = sinTerms[k] + float64(s*x2)
+		c = cosTerms[k] + float64(c*x2)
 	}
 	return float64(s * x), c
 }
+
+var (
+	sinTerms = [8]float64{1, -1. / 6, 1. / 120, -1. / 5040, 1. / 362880, -1. / 39916800, 1. / 6227020800, -1. / 1307674368000}
+	cosTerms = [8]float64{1, -1. / 2, 1. / 24, -1. / 720, 1. / 40320, -1. / 3628800, 1. / 479001600, -1. / 87178291200}
+)
 
 // hash mixes the coordinates of a pixel into the seed of its random numbers
 // (the finalizer of SplitMix64 after each word).
