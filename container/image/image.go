@@ -16,7 +16,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/compression"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
@@ -69,8 +68,7 @@ func Scratch(o Options) (v1.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return openLayer(entries) },
-		tarball.WithCompression(compression.None), tarball.WithMediaType(types.DockerUncompressedLayer))
+	layer, err := newPlainLayer(entries)
 	if err != nil {
 		return nil, fmt.Errorf("layer of %s: %w", o.Binary, err)
 	}
@@ -158,6 +156,36 @@ func layerEntries(o Options, program string) ([]entry, error) {
 	}
 	return slices.SortedFunc(maps.Values(entries), func(a, b entry) int { return strings.Compare(a.name, b.name) }), nil
 }
+
+// plainLayer is a layer that is not compressed: the bytes of a compressed one
+// depend on the version of the compressor. Archives are compressed on their way.
+type plainLayer struct {
+	entries []entry
+	hash    v1.Hash
+	size    int64
+}
+
+var _ v1.Layer = (*plainLayer)(nil)
+
+func newPlainLayer(entries []entry) (*plainLayer, error) {
+	content, err := openLayer(entries)
+	if err != nil {
+		return nil, err
+	}
+	defer content.Close()
+	hash, size, err := v1.SHA256(content)
+	if err != nil {
+		return nil, err
+	}
+	return &plainLayer{entries: entries, hash: hash, size: size}, nil
+}
+
+func (l *plainLayer) Digest() (v1.Hash, error)             { return l.hash, nil }
+func (l *plainLayer) DiffID() (v1.Hash, error)             { return l.hash, nil }
+func (l *plainLayer) Size() (int64, error)                 { return l.size, nil }
+func (l *plainLayer) MediaType() (types.MediaType, error)  { return types.DockerUncompressedLayer, nil }
+func (l *plainLayer) Compressed() (io.ReadCloser, error)   { return openLayer(l.entries) }
+func (l *plainLayer) Uncompressed() (io.ReadCloser, error) { return openLayer(l.entries) }
 
 // openLayer is the layer as a tar stream that reads each file when its turn comes.
 func openLayer(entries []entry) (io.ReadCloser, error) {
