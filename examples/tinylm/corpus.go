@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -97,10 +98,10 @@ func trainingSet() []example {
 // promptCount is how many prompts prompts.jsonl has.
 const promptCount = 200
 
-// promptFacts are the facts that prompts.jsonl asks for: a fixed choice that
-// holds some of every topic.
+// promptFacts are the facts that prompts.jsonl asks for: a fixed choice among
+// those that training shows.
 func promptFacts() []fact {
-	all := facts()
+	all := slices.DeleteFunc(facts(), func(f fact) bool { return f.held })
 	r := random{state: 2024}
 	for i := len(all) - 1; i > 0; i-- {
 		j := r.below(i + 1)
@@ -109,10 +110,11 @@ func promptFacts() []fact {
 	return all[:promptCount]
 }
 
-// accuracy is the share of facts of each topic that the network answers right,
-// and of the held-back ones under "<topic> (held back)".
+// accuracy is how many facts of a topic the network answers right.
 type accuracy struct{ right, asked int }
 
+// grade asks every fact, by topic; those that training never shows are a topic
+// of their own, "<topic> (held back)".
 func grade(w *weights[float32]) (topics []string, results map[string]accuracy) {
 	s := newSession(w)
 	results = make(map[string]accuracy)
