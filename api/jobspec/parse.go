@@ -387,8 +387,10 @@ func (d *decoder) file(root node) *File {
 	for _, in := range f.LocalInputs {
 		spec.Inputs = append(spec.Inputs, &musterpb.Input{Path: in.To})
 	}
-	for _, field := range []string{"name", "image", "price"} {
-		d.require(field)
+	if _, ok := root.Node.(ast.MapNode); ok {
+		for _, field := range []string{"name", "image", "price"} {
+			d.require(field)
+		}
 	}
 	return f
 }

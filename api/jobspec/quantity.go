@@ -27,13 +27,13 @@ func parseDecimal(s string) (int64, error) {
 	return n, nil
 }
 
-// sizeUnits in the order in which sizes are tried to be written.
+// sizeUnits are the units of sizes, the largest first.
 var sizeUnits = []struct {
 	name  string
 	bytes uint64
 }{
-	{"TiB", 1 << 40}, {"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10},
-	{"TB", 1e12}, {"GB", 1e9}, {"MB", 1e6}, {"kB", 1e3}, {"B", 1},
+	{"TiB", 1 << 40}, {"TB", 1e12}, {"GiB", 1 << 30}, {"GB", 1e9},
+	{"MiB", 1 << 20}, {"MB", 1e6}, {"KiB", 1 << 10}, {"kB", 1e3}, {"B", 1},
 }
 
 // parseSize reads "24GB", "1.5GiB" or a whole number of bytes.
