@@ -14,13 +14,22 @@ import (
 )
 
 // Root is the Merkle root of a manifest, with the hashing of RFC 6962: one
-// leaf per item, in order of index. An item's leaf binds its index, what it
-// was computed from, how, and what came out.
+// leaf per item, in the order of the manifest. An item's leaf binds its index,
+// what it was computed from, how, and what came out. Where the item lies in the
+// archive is no part of it: Commit.ManifestDigest binds that.
 func Root(m *musterpb.Manifest) []byte {
+	leaves := make([][]byte, len(m.Items))
+	for i, item := range m.Items {
+		leaves[i] = Leaf(item)
+	}
+	return treeRoot(leaves)
+}
+
+func treeRoot(leaves [][]byte) []byte {
 	tree := (&compact.RangeFactory{Hash: rfc6962.DefaultHasher.HashChildren}).NewEmptyRange(0)
-	for _, item := range m.Items {
+	for _, leaf := range leaves {
 		// Append fails only for a range that does not start at 0.
-		_ = tree.Append(rfc6962.DefaultHasher.HashLeaf(Leaf(item)), nil)
+		_ = tree.Append(rfc6962.DefaultHasher.HashLeaf(leaf), nil)
 	}
 	root, err := tree.GetRootHash(nil)
 	if err != nil || root == nil {
@@ -89,10 +98,19 @@ func CheckCommit(key ed25519.PublicKey, c *musterpb.Commit) error {
 	if len(c.Root) != sha256.Size {
 		return api.Errorf(api.Invalid, "result of %s: the root has %d bytes, want %d", c.Attempt, len(c.Root), sha256.Size)
 	}
-	for name, digest := range map[string]string{"manifest": c.ManifestDigest, "archive": c.ArchiveDigest} {
-		if _, err := api.ParseDigest(digest); err != nil {
-			return api.Errorf(api.Invalid, "result of %s: %s %w", c.Attempt, name, err)
+	// A list and not a map: every scheduler has to give the same answer.
+	for _, d := range []struct{ name, digest string }{
+		{"manifest", c.ManifestDigest}, {"archive", c.ArchiveDigest}, {"log", c.LogDigest},
+	} {
+		if d.name == "log" && d.digest == "" {
+			continue // an attempt need not have a log
 		}
+		if _, err := api.ParseDigest(d.digest); err != nil {
+			return api.Errorf(api.Invalid, "result of %s: %s %w", c.Attempt, d.name, err)
+		}
+	}
+	if c.ArchiveBytes < 0 || c.OutputBytes < 0 {
+		return api.Errorf(api.Invalid, "result of %s: negative size (archive %d bytes, outputs %d bytes)", c.Attempt, c.ArchiveBytes, c.OutputBytes)
 	}
 	if len(key) != ed25519.PublicKeySize || !ed25519.Verify(key, commitMessage(c), c.Signature) {
 		return api.Errorf(api.Denied, "result of %s: the signature is not by the worker that ran it", c.Attempt)

@@ -4,9 +4,9 @@ import (
 	"bytes"
 	"fmt"
 	"image"
-	"image/draw"
-	_ "image/jpeg" // decoders of the image comparator
-	_ "image/png"
+	"image/color"
+	"image/jpeg"
+	"image/png"
 	"path"
 	"slices"
 	"strings"
@@ -41,6 +41,9 @@ func ComparatorOf(v *musterpb.Verify) (Comparator, error) {
 	case "exact":
 		return exact{}, nil
 	case "image":
+		if v.FailPpm > PPM || v.FailSharePpm > PPM {
+			return nil, api.Errorf(api.Invalid, "verify.fail_ppm %d, verify.fail_share_ppm %d: want at most %d, which is all", v.FailPpm, v.FailSharePpm, PPM)
+		}
 		return imageComparator{failPPM: v.FailPpm, failSharePPM: v.FailSharePpm}, nil
 	}
 	return nil, api.Errorf(api.Invalid, "verify.comparator %q: want one of %s", v.GetComparator(), strings.Join(Comparators, ", "))
@@ -53,11 +56,12 @@ func (exact) Validate(files []File) error {
 	if len(files) == 0 {
 		return api.Errorf(api.Invalid, "no output file")
 	}
-	return nil
+	return onePerPath(files)
 }
 
 func (exact) Compare(a, b []File) (bool, string) {
-	if detail := comparePaths(a, b); detail != "" {
+	a, b, detail := align(a, b)
+	if detail != "" {
 		return false, detail
 	}
 	for i := range a {
@@ -77,10 +81,21 @@ type imageComparator struct {
 	failSharePPM uint32 // share of failed pixels from which on pictures differ
 }
 
-// maxPixels bounds what is decoded: an 8-byte header can promise any size.
-const maxPixels = 1 << 27
+const (
+	// maxPixels bounds what is decoded: 16K video (15,360×8,640) just fits, and
+	// takes 1 GiB at 16 bits a channel.
+	maxPixels = 1 << 27
+	// maxPixelsPerByte keeps a short file from having much memory set aside by
+	// the size in its header alone. Deflate makes at most 1,032 bytes of one
+	// (zlib's technical notes), a pixel takes at least one bit of them, and a
+	// JPEG spends at least one bit on 64 pixels.
+	maxPixelsPerByte = 1032 * 8
+)
 
 func (imageComparator) Validate(files []File) error {
+	if err := onePerPath(files); err != nil {
+		return err
+	}
 	pictures := 0
 	for _, f := range files {
 		if !isPicture(f.Path) {
@@ -92,17 +107,14 @@ func (imageComparator) Validate(files []File) error {
 		pictures++
 	}
 	if pictures == 0 {
-		names := make([]string, 0, len(files))
-		for _, f := range files[:min(len(files), 5)] {
-			names = append(names, f.Path)
-		}
-		return api.Errorf(api.Invalid, "no .png or .jpg file among %d output files %v; use comparator exact for other formats", len(files), names)
+		return api.Errorf(api.Invalid, "no .png or .jpg file among the output files %s; use comparator exact for other formats", listPaths(files))
 	}
 	return nil
 }
 
 func (c imageComparator) Compare(a, b []File) (bool, string) {
-	if detail := comparePaths(a, b); detail != "" {
+	a, b, detail := align(a, b)
+	if detail != "" {
 		return false, detail
 	}
 	for i := range a {
@@ -131,55 +143,94 @@ func (c imageComparator) comparePictures(a, b File) (bool, string) {
 	if err != nil {
 		return false, err.Error()
 	}
-	if ia.Rect != ib.Rect {
-		return false, fmt.Sprintf("%s is %d×%d and %d×%d", a.Path, ia.Rect.Dx(), ia.Rect.Dy(), ib.Rect.Dx(), ib.Rect.Dy())
+	size, sizeB := ia.Bounds().Size(), ib.Bounds().Size()
+	if size != sizeB {
+		return false, fmt.Sprintf("%s is %d×%d and %d×%d", a.Path, size.X, size.Y, sizeB.X, sizeB.Y)
 	}
-	limit := int64(c.failPPM) * 0xffff / PPM
-	failed, total := int64(0), int64(ia.Rect.Dx())*int64(ia.Rect.Dy())
-	for p := 0; p < len(ia.Pix); p += 8 {
-		for ch := 0; ch < 8; ch += 2 {
-			x := int64(ia.Pix[p+ch])<<8 | int64(ia.Pix[p+ch+1])
-			y := int64(ib.Pix[p+ch])<<8 | int64(ib.Pix[p+ch+1])
-			if d := x - y; d > limit || -d > limit {
+	limit := int32(int64(c.failPPM) * 0xffff / PPM)
+	failed, total := int64(0), int64(size.X)*int64(size.Y)
+	rowA, rowB := make([]color.NRGBA64, size.X), make([]color.NRGBA64, size.X)
+	for y := range size.Y {
+		readRow(ia, y, rowA)
+		readRow(ib, y, rowB)
+		for x, p := range rowA {
+			if q := rowB[x]; apart(p.R, q.R, limit) || apart(p.G, q.G, limit) || apart(p.B, q.B, limit) || apart(p.A, q.A, limit) {
 				failed++
-				break
 			}
 		}
 	}
-	if failed*PPM > total*int64(c.failSharePPM) {
+	if failed > 0 && failed*PPM >= total*int64(c.failSharePPM) {
 		return false, fmt.Sprintf("%s: %d of %d pixels (%d.%02d%%) differ by more than %d ppm of full scale",
 			a.Path, failed, total, failed*100/total, failed*10_000/total%100, c.failPPM)
 	}
 	return true, ""
 }
 
-// decode reads a picture into 16 bits a channel, not premultiplied, so that
-// no step of the comparison rounds.
-func decode(f File) (*image.NRGBA64, error) {
-	config, _, err := image.DecodeConfig(bytes.NewReader(f.Data))
+func apart(x, y uint16, limit int32) bool {
+	d := int32(x) - int32(y)
+	return d > limit || -d > limit
+}
+
+// decode reads a picture. The decoder follows from the file's first bytes, and
+// only from those: image.Decode would take any format that some other package
+// of the program registered.
+func decode(f File) (image.Image, error) {
+	readConfig, read := jpeg.DecodeConfig, jpeg.Decode
+	if bytes.HasPrefix(f.Data, []byte("\x89PNG")) {
+		readConfig, read = png.DecodeConfig, png.Decode
+	}
+	config, err := readConfig(bytes.NewReader(f.Data))
 	if err != nil {
-		return nil, api.Errorf(api.Invalid, "%s (%d bytes) is not a readable picture: %w", f.Path, len(f.Data), err)
+		return nil, api.Errorf(api.Invalid, "%s (%d bytes) is not a readable PNG or JPEG picture: %w", f.Path, len(f.Data), err)
 	}
-	if config.Width <= 0 || config.Height <= 0 || int64(config.Width)*int64(config.Height) > maxPixels {
+	pixels := int64(config.Width) * int64(config.Height) // each below 2³¹
+	switch {
+	case config.Width <= 0 || config.Height <= 0 || pixels > maxPixels:
 		return nil, api.Errorf(api.Invalid, "%s says it has %d×%d pixels; at most %d pixels are judged", f.Path, config.Width, config.Height, maxPixels)
+	case pixels > int64(len(f.Data))*maxPixelsPerByte:
+		return nil, api.Errorf(api.Invalid, "%s says it has %d×%d pixels, which do not fit its %d bytes: it is truncated or made up", f.Path, config.Width, config.Height, len(f.Data))
 	}
-	picture, format, err := image.Decode(bytes.NewReader(f.Data))
+	picture, err := read(bytes.NewReader(f.Data))
 	if err != nil {
 		return nil, api.Errorf(api.Invalid, "%s (%d bytes) is a broken picture: %w", f.Path, len(f.Data), err)
 	}
-	if format == "png" && !pngEnds(f.Data) {
-		return nil, api.Errorf(api.Invalid, "%s (%d bytes) is a truncated PNG: it has no IEND chunk", f.Path, len(f.Data))
-	}
-	size := picture.Bounds().Size()
-	out := image.NewNRGBA64(image.Rectangle{Max: size})
-	draw.Draw(out, out.Rect, picture, picture.Bounds().Min, draw.Src)
-	return out, nil
+	return picture, nil
 }
 
-// pngEnds reports whether the file ends with its last chunk; Go's decoder
-// stops after the pixels and would not miss it.
-func pngEnds(data []byte) bool {
-	return bytes.HasSuffix(data, []byte("\x00\x00\x00\x00IEND\xaeB`\x82"))
+// readRow reads row y, counted from the top, at 16 bits a channel. Colours are
+// as the file has them, not multiplied by alpha: that would round, and hide
+// what lies under transparent pixels.
+func readRow(picture image.Image, y int, row []color.NRGBA64) {
+	min := picture.Bounds().Min
+	switch m := picture.(type) {
+	case *image.NRGBA:
+		for x := range row {
+			row[x] = straight(m.NRGBAAt(min.X+x, min.Y+y))
+		}
+	case *image.NRGBA64:
+		for x := range row {
+			row[x] = m.NRGBA64At(min.X+x, min.Y+y)
+		}
+	case *image.Paletted:
+		for x := range row {
+			row[x] = straight(m.At(min.X+x, min.Y+y))
+		}
+	case image.RGBA64Image: // opaque: the decoders give alpha in the types above alone
+		for x := range row {
+			row[x] = color.NRGBA64(m.RGBA64At(min.X+x, min.Y+y))
+		}
+	default:
+		for x := range row {
+			row[x] = straight(picture.At(min.X+x, min.Y+y))
+		}
+	}
+}
+
+func straight(c color.Color) color.NRGBA64 {
+	if n, ok := c.(color.NRGBA); ok {
+		return color.NRGBA64{R: uint16(n.R) * 0x101, G: uint16(n.G) * 0x101, B: uint16(n.B) * 0x101, A: uint16(n.A) * 0x101}
+	}
+	return color.NRGBA64Model.Convert(c).(color.NRGBA64)
 }
 
 func isPicture(name string) bool {
@@ -190,18 +241,41 @@ func isPicture(name string) bool {
 	return false
 }
 
-func comparePaths(a, b []File) string {
-	byPath := func(x, y File) int { return strings.Compare(x.Path, y.Path) }
-	slices.SortFunc(a, byPath)
-	slices.SortFunc(b, byPath)
-	names := func(files []File) (list []string) {
-		for _, f := range files {
-			list = append(list, f.Path)
+// onePerPath refuses two files with one path: which of them belongs to which
+// of the other run's could not be said.
+func onePerPath(files []File) error {
+	seen := make(map[string]bool, len(files))
+	for _, f := range files {
+		if seen[f.Path] {
+			return api.Errorf(api.Invalid, "two output files have the path %.200q", f.Path)
 		}
-		return list
+		seen[f.Path] = true
 	}
-	if na, nb := names(a), names(b); !slices.Equal(na, nb) {
-		return fmt.Sprintf("files differ: %.200q and %.200q", na, nb)
+	return nil
+}
+
+// align returns the files of both in order of path, or says in detail that
+// they do not have the same paths.
+func align(a, b []File) (sortedA, sortedB []File, detail string) {
+	byPath := func(x, y File) int { return strings.Compare(x.Path, y.Path) }
+	sortedA, sortedB = slices.SortedStableFunc(slices.Values(a), byPath), slices.SortedStableFunc(slices.Values(b), byPath)
+	samePath := func(x, y File) bool { return x.Path == y.Path }
+	if !slices.EqualFunc(sortedA, sortedB, samePath) {
+		return nil, nil, fmt.Sprintf("files differ: %s and %s", listPaths(sortedA), listPaths(sortedB))
 	}
-	return ""
+	return sortedA, sortedB, ""
+}
+
+// listPaths names the first files, in at most some hundred bytes.
+func listPaths(files []File) string {
+	const most, longest = 5, 60
+	paths := make([]string, 0, most+1)
+	for i, f := range files {
+		if i == most {
+			paths = append(paths, fmt.Sprintf("… %d in all", len(files)))
+			break
+		}
+		paths = append(paths, fmt.Sprintf("%.*q", longest, f.Path))
+	}
+	return "[" + strings.Join(paths, " ") + "]"
 }

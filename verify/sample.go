@@ -79,7 +79,7 @@ func lot(seed []byte, attempt string, item uint64, root []byte) uint64 {
 // MinSampled. The answer is ascending; empty means that nothing is checked.
 func Draw(seed []byte, attempt string, items []uint64, root []byte, ratePPM uint32) []uint64 {
 	if ratePPM >= PPM {
-		return slices.Clone(items)
+		return slices.Sorted(slices.Values(items))
 	}
 	// floor(p · 2⁶⁴); p < 1, so that it fits.
 	threshold, _ := bits.Div64(uint64(ratePPM), 0, PPM)
@@ -141,6 +141,9 @@ func (c *Chain) Reveal(made uint64, tip []byte) []byte {
 
 // CheckReveal reports whether value is the next reveal of a chain at tip.
 func CheckReveal(tip, value []byte) bool {
+	if len(value) != sha256.Size {
+		return false // whoever chose the tip could have hashed anything, of any size
+	}
 	sum := sha256.Sum256(value)
-	return len(tip) == sha256.Size && bytes.Equal(sum[:], tip)
+	return bytes.Equal(sum[:], tip)
 }
