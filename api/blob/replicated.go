@@ -20,7 +20,7 @@ const maxConfirmed = 100_000
 type Replicated struct {
 	local Store
 	peers func() []Store
-	need  int
+	need  func() int
 
 	ctx    context.Context // of the copies, which may outlive the call that started them
 	cancel context.CancelFunc
@@ -36,9 +36,10 @@ var _ Store = (*Replicated)(nil)
 
 // NewReplicated keeps blobs in local and in peers, which is asked for every
 // call and does not hold local. Need is the number of copies, local included,
-// that make a blob durable: the majority of the replicas. Peers must answer for
+// that make a blob durable: the majority of the replicas. It is asked for every
+// call, as the set of replicas may change. Peers must answer for
 // themselves alone (HTTPConfig.Replica), or calls would go round in circles.
-func NewReplicated(local Store, peers func() []Store, need int) *Replicated {
+func NewReplicated(local Store, peers func() []Store, need func() int) *Replicated {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &Replicated{
 		local: local, peers: peers, need: need,
@@ -90,10 +91,10 @@ func (s *Replicated) replicate(ctx context.Context, digest api.Digest, size int6
 			done <- s.copyTo(peer, digest)
 		}()
 	}
-	have := 1
+	have, need := 1, s.need()
 	var failures []error
 	for range peers {
-		if have >= s.need {
+		if have >= need {
 			break
 		}
 		select {
@@ -104,12 +105,12 @@ func (s *Replicated) replicate(ctx context.Context, digest api.Digest, size int6
 				have++
 			}
 		case <-ctx.Done():
-			return api.Errorf(api.Unavailable, "blob %s: the call ended with %d of %d copies: %w", digest, have, s.need, ctx.Err())
+			return api.Errorf(api.Unavailable, "blob %s: the call ended with %d of %d copies: %w", digest, have, need, ctx.Err())
 		}
 	}
-	if have < s.need {
+	if have < need {
 		return api.Errorf(api.Unavailable, "blob %s: stored on %d of the %d schedulers that are needed; try again once more of them answer: %w",
-			digest, have, s.need, joinErrors(api.Unavailable, failures))
+			digest, have, need, joinErrors(api.Unavailable, failures))
 	}
 	s.confirm(digest, size)
 	return nil
