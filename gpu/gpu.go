@@ -6,17 +6,21 @@ import "context"
 
 // Device is one GPU, or one MIG slice of one.
 type Device struct {
-	Index int    `json:"index"`
-	UUID  string `json:"uuid"`
-	Name  string `json:"name"`
-	// MemoryBytes is the total, not what is free.
+	// Index is NVML's. A MIG slice has its parent's.
+	Index int `json:"index"`
+	// UUID is empty for a device that was lost before it could be asked.
+	UUID string `json:"uuid"`
+	Name string `json:"name"`
+	// MemoryBytes is the total, not what is free; 0 where the device has no
+	// memory of its own to report (GPUs that share the CPU's).
 	MemoryBytes uint64 `json:"memory_bytes"`
 	// ComputeCapability is "major.minor", such as "9.0".
 	ComputeCapability string `json:"compute_capability"`
 	// Architecture is NVIDIA's name in lower case: "turing", "ampere", "ada",
 	// "hopper", "blackwell"; "unknown" for one newer than this build.
 	Architecture string `json:"architecture"`
-	// Driver is the full version, such as "550.54.15".
+	// Driver is the full version, such as "550.54.15"; empty where NVML does not
+	// say it.
 	Driver string `json:"driver"`
 	// MIG is "unsupported", "disabled", "enabled" (a parent that is split and
 	// takes no jobs itself) or "slice".
