@@ -27,21 +27,30 @@ import (
 	"github.com/musternet/muster/scheduler/state"
 )
 
+// Defaults of Timing.
+const (
+	DefaultLeaseTTL        = 15 * time.Second
+	DefaultReconnectGrace  = 5 * time.Second
+	DefaultRevealTimeout   = 2 * time.Second
+	DefaultBatchInterval   = 100 * time.Millisecond
+	DefaultDisputePatience = 10 * time.Minute
+)
+
 // Timing holds the delays of the leader's loops. The zero value of a field is
 // its default.
 type Timing struct {
 	// LeaseTTL is how long a worker may be silent before its attempts are
-	// placed elsewhere. Default 15 s.
+	// placed elsewhere.
 	LeaseTTL time.Duration
 	// ReconnectGrace is what remains of its leases when a worker's stream
-	// breaks. Default 5 s.
+	// breaks.
 	ReconnectGrace time.Duration
-	// RevealTimeout is how long a batch waits for the committee. Default 2 s.
+	// RevealTimeout is how long a batch waits for the committee.
 	RevealTimeout time.Duration
-	// BatchInterval is the least time between two batches. Default 100 ms.
+	// BatchInterval is the least time between two batches.
 	BatchInterval time.Duration
 	// DisputePatience is how long a dispute waits for a further owner before it
-	// is inconclusive. Default 10 min.
+	// is inconclusive.
 	DisputePatience time.Duration
 }
 
@@ -51,11 +60,11 @@ func (t Timing) withDefaults() Timing {
 			*d = v
 		}
 	}
-	def(&t.LeaseTTL, 15*time.Second)
-	def(&t.ReconnectGrace, 5*time.Second)
-	def(&t.RevealTimeout, 2*time.Second)
-	def(&t.BatchInterval, 100*time.Millisecond)
-	def(&t.DisputePatience, 10*time.Minute)
+	def(&t.LeaseTTL, DefaultLeaseTTL)
+	def(&t.ReconnectGrace, DefaultReconnectGrace)
+	def(&t.RevealTimeout, DefaultRevealTimeout)
+	def(&t.BatchInterval, DefaultBatchInterval)
+	def(&t.DisputePatience, DefaultDisputePatience)
 	return t
 }
 

@@ -160,4 +160,3 @@ func freeDisk(dir string) int64 {
 
 // CheatKinds are the values of Worker.Cheat.
 func CheatKinds() string { return strings.Join(slices.Clone(cheat.Kinds), ", ") }
-
