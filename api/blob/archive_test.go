@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -107,6 +108,24 @@ func TestDirRoundTrip(t *testing.T) {
 		if err := ExtractDir(r, t.TempDir(), limits); api.KindOf(err) != api.TooLarge {
 			t.Errorf("%v: %v", limits, err)
 		}
+	}
+}
+
+// A file far larger than the compressor's window comes back too.
+func TestLargeDir(t *testing.T) {
+	content := make([]byte, 3*maxWindow+1)
+	rand.NewChaCha8([32]byte{}).Read(content)
+	src, dst := t.TempDir(), t.TempDir()
+	write(t, src, map[string]string{"x": string(content)})
+	var b bytes.Buffer
+	if err := WriteDir(t.Context(), &b, src); err != nil {
+		t.Fatal(err)
+	}
+	if err := ExtractDir(&b, dst, Limits{Bytes: int64(len(content)), Files: 1}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(filepath.Join(dst, "x")); err != nil || !bytes.Equal(got, content) {
+		t.Error(err)
 	}
 }
 

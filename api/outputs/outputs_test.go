@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -141,6 +142,21 @@ func TestItemDigestIsStable(t *testing.T) {
 	}
 	if got, want := fmt.Sprintf("%x", manifest[0].OutputDigest), "445f775a87f3ac16f58bebcfc95a9997d6224a00952664c274a2fd8db9eb8a38"; got != want {
 		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// A file far larger than the compressor's window comes back too.
+func TestLargeFile(t *testing.T) {
+	content := make([]byte, 3*maxWindow+1)
+	rand.NewChaCha8([32]byte{}).Read(content)
+	limits := Limits{Bytes: int64(len(content)), Files: 1}
+	manifest, archive, err := pack(t, lay(t, map[string]string{"x": string(content)}), files, []Item{{}}, limits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opened, err := OpenItem(t.Context(), bytes.NewReader(archive), manifest[0], limits)
+	if err != nil || !bytes.Equal(opened[0].Data, content) {
+		t.Error(err)
 	}
 }
 
