@@ -253,11 +253,13 @@ func (e *extraction) file(name string, header *tar.Header, content io.Reader) er
 // error tells names that the archive has twice, or below a file, from a disk
 // that fails.
 func (e *extraction) error(name string, err error) error {
-	if errors.Is(err, fs.ErrExist) || errors.Is(err, fs.ErrInvalid) {
-		return api.Errorf(api.Invalid, "the archive holds %q twice: %w", name, err)
+	for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
+		if info, statErr := e.root.Lstat(dir); statErr == nil && !info.IsDir() {
+			return api.Errorf(api.Invalid, "the archive holds %q below a file", name)
+		}
 	}
-	if info, statErr := e.root.Stat(path.Dir(name)); statErr == nil && !info.IsDir() {
-		return api.Errorf(api.Invalid, "the archive holds %q below a file", name)
+	if errors.Is(err, fs.ErrExist) {
+		return api.Errorf(api.Invalid, "the archive holds %q twice", name)
 	}
 	return fmt.Errorf("%s: %w", name, diskError(e.root.Name(), err))
 }

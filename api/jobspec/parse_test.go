@@ -2,7 +2,9 @@ package jobspec
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -120,6 +122,23 @@ func TestParseLines(t *testing.T) {
 		}
 		if f.Spec.Items.LinesPath != test.path || f.LinesPath != test.local || len(f.Spec.Inputs) != 1 || len(f.LocalInputs) != 1 {
 			t.Errorf("%+v: %v %s %v", test, f.Spec.Items, f.LinesPath, f.LocalInputs)
+		}
+	}
+}
+
+// The examples of the documentation are jobs.
+func TestDocumentedExamples(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join("..", "..", "docs", "job.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	examples := regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllSubmatch(doc, -1)
+	if len(examples) != 2 {
+		t.Errorf("%d examples", len(examples))
+	}
+	for _, example := range examples {
+		if _, err := Parse(example[1], "job.yaml"); err != nil {
+			t.Error(err)
 		}
 	}
 }

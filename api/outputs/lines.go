@@ -283,7 +283,7 @@ func (m *matcher) complete() error {
 		return nil
 	}
 	if !m.anyField {
-		return api.Errorf(api.Invalid, "item %s: no line of %s has a %s to tell which item it is of",
+		return api.Errorf(api.Invalid, "item %s: no line of %s has the field %s that tells which item it is of",
 			missing[0], shownPath(ResultsFile), m.wanted())
 	}
 	return api.Errorf(api.Invalid, "item %s: %s has no line with its %s (%d items lack one: %s)",

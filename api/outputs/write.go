@@ -346,6 +346,8 @@ func (w *writer) each(dir string, f func(fs.DirEntry) error) error {
 
 func typeName(mode fs.FileMode) string {
 	switch {
+	case mode.IsDir():
+		return "directory"
 	case mode&fs.ModeSymlink != 0:
 		return "symbolic link"
 	case mode&fs.ModeNamedPipe != 0:
