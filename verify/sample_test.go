@@ -97,7 +97,7 @@ func TestDrawIsBoundToItsInputs(t *testing.T) {
 // The share of items checked has to be p. Large item sets keep MinSampled, which
 // can only raise the share, out of the count.
 func TestDrawRate(t *testing.T) {
-	const seeds, perDraw = 300, 1000
+	const seeds, perDraw = 150, 1000
 	items, root := itemsUpTo(perDraw), seedOf(-1)
 	for _, rate := range []uint32{FloorPPM, 100_000, 500_000, 999_000} {
 		checked := 0
