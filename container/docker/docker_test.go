@@ -441,7 +441,7 @@ func TestHowRunsEnd(t *testing.T) {
 
 func TestOutOfMemoryIsAlwaysRecognised(t *testing.T) {
 	r := engine(t)
-	for i := range 10 {
+	for i := range 40 {
 		s := spec(t, "allocate")
 		s.Outputs = t.TempDir()
 		s.ID += strconv.Itoa(i)

@@ -13,6 +13,8 @@ import (
 	cerrdefs "github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types"
 	dcontainer "github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/events"
+	"github.com/docker/docker/api/types/filters"
 	"github.com/docker/docker/pkg/stdcopy"
 
 	"github.com/musternet/muster/api"
@@ -24,7 +26,12 @@ import (
 const (
 	exitCannotRun = 126
 	exitNotFound  = 127
+	exitKilled    = 128 + 9
 )
+
+// oomEventDelay is how long the engine may take to report a kill by the memory
+// limit after the exit that it caused.
+const oomEventDelay = time.Second
 
 // Run implements container.Runtime.
 func (r *Runtime) Run(ctx context.Context, spec container.Spec) (container.Result, error) {
@@ -187,6 +194,7 @@ func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string,
 	waitCtx, stopWaiting := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWaiting()
 	exited := r.exit(waitCtx, id)
+	oom := r.memoryKills(waitCtx, id)
 
 	if result, err := r.start(ctx, id, logs); err != nil || result.Reason != "" {
 		return result, err
@@ -206,7 +214,7 @@ func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string,
 		if err != nil {
 			return container.Result{}, r.fault("wait for run "+spec.ID, err)
 		}
-		return r.verdict(ctx, id, container.Exited)
+		return r.verdict(ctx, id, container.Exited, oom)
 	case <-ctx.Done():
 		logs.Note("cancelled")
 		return r.stop(ctx, id, container.Cancelled, exited)
@@ -287,21 +295,47 @@ func (r *Runtime) gone(ctx context.Context, id string, reason container.Reason, 
 		if err != nil {
 			return container.Result{}, r.fault("wait for container "+id, err)
 		}
-		return r.verdict(ctx, id, reason)
+		return r.verdict(ctx, id, reason, nil)
 	case <-ctx.Done():
 		return container.Result{}, api.Errorf(api.Unavailable, "docker: container %s did not stop within %v", id, removeTimeout)
 	}
 }
 
+// memoryKills delivers the engine's events of kills by the memory limit, until
+// ctx ends.
+func (r *Runtime) memoryKills(ctx context.Context, id string) <-chan events.Message {
+	messages, _ := r.client.Events(ctx, events.ListOptions{Filters: filters.NewArgs(
+		filters.Arg("type", string(events.ContainerEventType)),
+		filters.Arg("event", string(events.ActionOOM)),
+		filters.Arg("container", id),
+	)})
+	return messages
+}
+
 // verdict reads how the program ended. A kill by the memory limit counts only
 // if the program failed: one that lost a helper and recovered did not.
-func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reason) (container.Result, error) {
+//
+// The engine learns of such a kill and of the exit by two paths, and its state
+// lacks the first if the second was faster. So an exit by SIGKILL, which nobody
+// sent, is held back until the event had its time to arrive.
+func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reason, oom <-chan events.Message) (container.Result, error) {
 	state, err := r.state(ctx, id)
 	if err != nil {
 		return container.Result{}, err
 	}
 	result := container.Result{Reason: reason, ExitCode: state.ExitCode}
-	if reason == container.Exited && state.OOMKilled && state.ExitCode != 0 {
+	if reason != container.Exited || state.ExitCode == 0 {
+		return result, nil
+	}
+	killed := state.OOMKilled
+	if !killed && state.ExitCode == exitKilled {
+		select {
+		case <-oom:
+			killed = true
+		case <-time.After(oomEventDelay):
+		}
+	}
+	if killed {
 		result.Reason = container.OutOfMemory
 	}
 	return result, nil
