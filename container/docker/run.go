@@ -26,12 +26,13 @@ import (
 const (
 	exitCannotRun = 126
 	exitNotFound  = 127
-	exitKilled    = 128 + 9
+	exitKilled    = 128 + 9  // SIGKILL
+	exitStopped   = 128 + 15 // SIGTERM
 )
 
-// oomEventDelay is how long the engine may take to report a kill by the memory
-// limit after the exit that it caused.
-const oomEventDelay = time.Second
+// killEventDelay is how long the engine may take to report a signal that
+// somebody sent through it after the exit that it caused.
+const killEventDelay = time.Second
 
 // Run implements container.Runtime.
 func (r *Runtime) Run(ctx context.Context, spec container.Spec) (container.Result, error) {
@@ -194,7 +195,7 @@ func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string,
 	waitCtx, stopWaiting := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWaiting()
 	exited := r.exit(waitCtx, id)
-	oom := r.memoryKills(waitCtx, id)
+	signals := r.signals(waitCtx, id)
 
 	if result, err := r.start(ctx, id, logs); err != nil || result.Reason != "" {
 		return result, err
@@ -214,7 +215,7 @@ func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string,
 		if err != nil {
 			return container.Result{}, r.fault("wait for run "+spec.ID, err)
 		}
-		return r.verdict(ctx, id, container.Exited, oom)
+		return r.verdict(ctx, id, container.Exited, signals)
 	case <-ctx.Done():
 		logs.Note("cancelled")
 		return r.stop(ctx, id, container.Cancelled, exited)
@@ -301,12 +302,12 @@ func (r *Runtime) gone(ctx context.Context, id string, reason container.Reason, 
 	}
 }
 
-// memoryKills delivers the engine's events of kills by the memory limit, until
-// ctx ends.
-func (r *Runtime) memoryKills(ctx context.Context, id string) <-chan events.Message {
+// signals delivers the engine's events of signals that somebody sent to the
+// container through it, until ctx ends.
+func (r *Runtime) signals(ctx context.Context, id string) <-chan events.Message {
 	messages, _ := r.client.Events(ctx, events.ListOptions{Filters: filters.NewArgs(
 		filters.Arg("type", string(events.ContainerEventType)),
-		filters.Arg("event", string(events.ActionOOM)),
+		filters.Arg("event", string(events.ActionKill)),
 		filters.Arg("container", id),
 	)})
 	return messages
@@ -315,10 +316,12 @@ func (r *Runtime) memoryKills(ctx context.Context, id string) <-chan events.Mess
 // verdict reads how the program ended. A kill by the memory limit counts only
 // if the program failed: one that lost a helper and recovered did not.
 //
-// The engine learns of such a kill and of the exit by two paths, and its state
-// lacks the first if the second was faster. So an exit by SIGKILL, which nobody
-// sent, is held back until the event had its time to arrive.
-func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reason, oom <-chan events.Message) (container.Result, error) {
+// The engine's OOMKilled is not enough. It learns of the kill and of the exit
+// by two paths, and loses the first now and then when the machine is busy. But
+// if a program died of SIGKILL and nobody sent one through the engine, then the
+// kernel did, for want of memory. A program that exits with 137 of its own will
+// is reported as out of memory too; the engine cannot tell the two apart.
+func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reason, signals <-chan events.Message) (container.Result, error) {
 	state, err := r.state(ctx, id)
 	if err != nil {
 		return container.Result{}, err
@@ -327,15 +330,19 @@ func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reaso
 	if reason != container.Exited || state.ExitCode == 0 {
 		return result, nil
 	}
-	killed := state.OOMKilled
-	if !killed && state.ExitCode == exitKilled {
-		select {
-		case <-oom:
-			killed = true
-		case <-time.After(oomEventDelay):
-		}
+	if state.OOMKilled {
+		result.Reason = container.OutOfMemory
+		return result, nil
 	}
-	if killed {
+	if state.ExitCode != exitKilled && state.ExitCode != exitStopped {
+		return result, nil
+	}
+	select {
+	case event := <-signals:
+		return container.Result{}, api.Errorf(api.Unavailable, "docker: somebody else stopped container %s (signal %s)", id, event.Actor.Attributes["signal"])
+	case <-time.After(killEventDelay):
+	}
+	if state.ExitCode == exitKilled {
 		result.Reason = container.OutOfMemory
 	}
 	return result, nil
