@@ -417,7 +417,8 @@ func TestHowRunsEnd(t *testing.T) {
 	}{
 		{name: "success", command: []string{"exit", "0"}, reason: container.Exited},
 		{name: "failure", command: []string{"exit", "42"}, reason: container.Exited, exitCode: 42},
-		{name: "exit-137-of-its-own", command: []string{"exit", "137"}, reason: container.Exited, exitCode: 137},
+		{name: "exit-137-of-its-own", command: []string{"exit", "137"}, reason: container.OutOfMemory, exitCode: 137}, // see verdict
+		{name: "exit-143-of-its-own", command: []string{"exit", "143"}, reason: container.Exited, exitCode: 143},
 		{name: "image's-own-command", reason: container.Exited, exitCode: 7},
 		{name: "out-of-memory", command: []string{"allocate"}, reason: container.OutOfMemory, exitCode: 137},
 		{name: "helper-out-of-memory", command: []string{"oom-child"}, reason: container.Exited},
@@ -441,7 +442,7 @@ func TestHowRunsEnd(t *testing.T) {
 
 func TestOutOfMemoryIsAlwaysRecognised(t *testing.T) {
 	r := engine(t)
-	for i := range 10 {
+	for i := range 20 {
 		s := spec(t, "allocate")
 		s.Outputs = t.TempDir()
 		s.ID += strconv.Itoa(i)
@@ -564,6 +565,30 @@ func TestCancel(t *testing.T) {
 		must(t, err)
 		expect(t, result, container.Cancelled)
 	})
+}
+
+// The owner of the machine may stop a container by hand, which says nothing
+// about the program.
+func TestStoppedBySomebodyElse(t *testing.T) {
+	r := engine(t)
+	for _, signal := range []string{"SIGKILL", "SIGTERM"} {
+		t.Run(signal, func(t *testing.T) {
+			started := &signalWriter{ready: make(chan struct{})}
+			s := spec(t, "wait")
+			s.Logs = started
+			must(t, r.Ensure(t.Context(), s.Image))
+			killed := make(chan error, 1)
+			go func() {
+				<-started.ready
+				killed <- r.client.ContainerKill(context.Background(), containers(t, r)[0], signal)
+			}()
+			result, err := r.Run(t.Context(), s)
+			must(t, <-killed)
+			if api.KindOf(err) != api.Unavailable {
+				t.Errorf("result %+v, error %v; want kind unavailable", result, err)
+			}
+		})
+	}
 }
 
 func TestCommandThatCannotRun(t *testing.T) {

@@ -13,6 +13,8 @@ import (
 	cerrdefs "github.com/containerd/errdefs"
 	"github.com/docker/docker/api/types"
 	dcontainer "github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/events"
+	"github.com/docker/docker/api/types/filters"
 	"github.com/docker/docker/pkg/stdcopy"
 
 	"github.com/musternet/muster/api"
@@ -24,7 +26,13 @@ import (
 const (
 	exitCannotRun = 126
 	exitNotFound  = 127
+	exitKilled    = 128 + 9  // SIGKILL
+	exitStopped   = 128 + 15 // SIGTERM
 )
+
+// killEventDelay is how long the engine may take to report a signal that
+// somebody sent through it after the exit that it caused.
+const killEventDelay = time.Second
 
 // Run implements container.Runtime.
 func (r *Runtime) Run(ctx context.Context, spec container.Spec) (container.Result, error) {
@@ -187,6 +195,7 @@ func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string,
 	waitCtx, stopWaiting := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWaiting()
 	exited := r.exit(waitCtx, id)
+	signals := r.signals(waitCtx, id)
 
 	if result, err := r.start(ctx, id, logs); err != nil || result.Reason != "" {
 		return result, err
@@ -206,7 +215,7 @@ func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string,
 		if err != nil {
 			return container.Result{}, r.fault("wait for run "+spec.ID, err)
 		}
-		return r.verdict(ctx, id, container.Exited)
+		return r.verdict(ctx, id, container.Exited, signals)
 	case <-ctx.Done():
 		logs.Note("cancelled")
 		return r.stop(ctx, id, container.Cancelled, exited)
@@ -287,21 +296,53 @@ func (r *Runtime) gone(ctx context.Context, id string, reason container.Reason, 
 		if err != nil {
 			return container.Result{}, r.fault("wait for container "+id, err)
 		}
-		return r.verdict(ctx, id, reason)
+		return r.verdict(ctx, id, reason, nil)
 	case <-ctx.Done():
 		return container.Result{}, api.Errorf(api.Unavailable, "docker: container %s did not stop within %v", id, removeTimeout)
 	}
 }
 
+// signals delivers the engine's events of signals that somebody sent to the
+// container through it, until ctx ends.
+func (r *Runtime) signals(ctx context.Context, id string) <-chan events.Message {
+	messages, _ := r.client.Events(ctx, events.ListOptions{Filters: filters.NewArgs(
+		filters.Arg("type", string(events.ContainerEventType)),
+		filters.Arg("event", string(events.ActionKill)),
+		filters.Arg("container", id),
+	)})
+	return messages
+}
+
 // verdict reads how the program ended. A kill by the memory limit counts only
 // if the program failed: one that lost a helper and recovered did not.
-func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reason) (container.Result, error) {
+//
+// The engine's OOMKilled is not enough. It learns of the kill and of the exit
+// by two paths, and loses the first now and then when the machine is busy. But
+// if a program died of SIGKILL and nobody sent one through the engine, then the
+// kernel did, for want of memory. A program that exits with 137 of its own will
+// is reported as out of memory too; the engine cannot tell the two apart.
+func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reason, signals <-chan events.Message) (container.Result, error) {
 	state, err := r.state(ctx, id)
 	if err != nil {
 		return container.Result{}, err
 	}
 	result := container.Result{Reason: reason, ExitCode: state.ExitCode}
-	if reason == container.Exited && state.OOMKilled && state.ExitCode != 0 {
+	if reason != container.Exited || state.ExitCode == 0 {
+		return result, nil
+	}
+	if state.OOMKilled {
+		result.Reason = container.OutOfMemory
+		return result, nil
+	}
+	if state.ExitCode != exitKilled && state.ExitCode != exitStopped {
+		return result, nil
+	}
+	select {
+	case event := <-signals:
+		return container.Result{}, api.Errorf(api.Unavailable, "docker: somebody else stopped container %s (signal %s)", id, event.Actor.Attributes["signal"])
+	case <-time.After(killEventDelay):
+	}
+	if state.ExitCode == exitKilled {
 		result.Reason = container.OutOfMemory
 	}
 	return result, nil
