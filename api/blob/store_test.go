@@ -62,7 +62,7 @@ func serve(t *testing.T, config HTTPConfig, handlers ...http.Handler) *HTTP {
 }
 
 func replicated(t *testing.T, local Store, need int, peers ...Store) *Replicated {
-	r := NewReplicated(local, func() []Store { return peers }, need)
+	r := NewReplicated(local, func() []Store { return peers }, func() int { return need })
 	t.Cleanup(func() { r.Close() })
 	return r
 }
