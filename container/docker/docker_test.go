@@ -26,6 +26,7 @@ import (
 	cerrdefs "github.com/containerd/errdefs"
 	dcontainer "github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/filters"
+	"github.com/docker/docker/api/types/network"
 	"github.com/docker/docker/client"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -409,6 +410,21 @@ func TestEmptyInput(t *testing.T) {
 	}
 }
 
+func TestNetwork(t *testing.T) {
+	r := engine(t)
+	if _, err := r.client.NetworkInspect(t.Context(), r.opts.Network, network.InspectOptions{}); cerrdefs.IsNotFound(err) {
+		t.Skipf("NOT TESTED: jobs with a network; this engine has no network %q", r.opts.Network)
+	}
+	s := spec(t, "report")
+	s.Network = true
+	if result := run(t, r, s); !result.OK() {
+		t.Fatalf("result %+v", result)
+	}
+	if got := readReport(t, s); len(got.Interfaces) != 2 {
+		t.Errorf("network interfaces %v, want lo and one more", got.Interfaces)
+	}
+}
+
 func TestHowRunsEnd(t *testing.T) {
 	r := engine(t)
 	for _, test := range []struct {
@@ -669,7 +685,7 @@ func TestSweep(t *testing.T) {
 	leftBehind := func(owner string) string {
 		created, err := r.client.ContainerCreate(t.Context(), &dcontainer.Config{
 			Image: tag, Cmd: []string{"wait"}, Labels: map[string]string{labelOwner: owner, labelRun: "old"},
-		}, nil, nil, nil, "")
+		}, &dcontainer.HostConfig{NetworkMode: "none"}, nil, nil, "")
 		must(t, err)
 		must(t, r.client.ContainerStart(t.Context(), created.ID, dcontainer.StartOptions{}))
 		return created.ID
