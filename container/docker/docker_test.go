@@ -26,6 +26,7 @@ import (
 	cerrdefs "github.com/containerd/errdefs"
 	dcontainer "github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/filters"
+	"github.com/docker/docker/api/types/network"
 	"github.com/docker/docker/client"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -225,6 +226,9 @@ func tarOf(t testing.TB, files map[string]string) []byte {
 	t.Helper()
 	var buffer bytes.Buffer
 	w := tar.NewWriter(&buffer)
+	// A directory without an entry of its own gets a mode that depends on the
+	// engine's storage driver.
+	must(t, w.WriteHeader(&tar.Header{Name: "data/", Mode: 0o755, Typeflag: tar.TypeDir}))
 	for _, path := range slices.Sorted(maps.Keys(files)) {
 		mode := int64(0o755)
 		if path == "not-executable" {
@@ -403,6 +407,21 @@ func TestEmptyInput(t *testing.T) {
 	}
 	if got := readReport(t, s); got.Writes["/in"] == "" {
 		t.Error("the empty /in is writable")
+	}
+}
+
+func TestNetwork(t *testing.T) {
+	r := engine(t)
+	if _, err := r.client.NetworkInspect(t.Context(), r.opts.Network, network.InspectOptions{}); cerrdefs.IsNotFound(err) {
+		t.Skipf("NOT TESTED: jobs with a network; this engine has no network %q", r.opts.Network)
+	}
+	s := spec(t, "report")
+	s.Network = true
+	if result := run(t, r, s); !result.OK() {
+		t.Fatalf("result %+v", result)
+	}
+	if got := readReport(t, s); len(got.Interfaces) != 2 {
+		t.Errorf("network interfaces %v, want lo and one more", got.Interfaces)
 	}
 }
 
@@ -666,7 +685,7 @@ func TestSweep(t *testing.T) {
 	leftBehind := func(owner string) string {
 		created, err := r.client.ContainerCreate(t.Context(), &dcontainer.Config{
 			Image: tag, Cmd: []string{"wait"}, Labels: map[string]string{labelOwner: owner, labelRun: "old"},
-		}, nil, nil, nil, "")
+		}, &dcontainer.HostConfig{NetworkMode: "none"}, nil, nil, "")
 		must(t, err)
 		must(t, r.client.ContainerStart(t.Context(), created.ID, dcontainer.StartOptions{}))
 		return created.ID
