@@ -33,6 +33,10 @@ func (w *Worker) connect(ctx context.Context) error {
 				return fmt.Errorf("%s is not the leader, %s is", address, leader)
 			}
 		}
+		// Only a scheduler's own word counts: a stream that breaks has codes too.
+		if k := api.KindOf(err); connect.IsWireError(err) && (k == api.Denied || k == api.Unauthenticated || k == api.Invalid) {
+			return &refusal{fmt.Errorf("%s: %w", address, api.FromConnect(err))}
+		}
 		w.demote(address)
 		return fmt.Errorf("%s: %w", address, api.FromConnect(err))
 	}

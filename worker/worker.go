@@ -98,8 +98,8 @@ func (w *Worker) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		if k := api.KindOf(err); k == api.Denied || k == api.Unauthenticated || k == api.Invalid {
-			return fmt.Errorf("the schedulers refuse this worker: %w", err)
+		if refused := (*refusal)(nil); errors.As(err, &refused) {
+			return fmt.Errorf("the schedulers refuse this worker: %w", refused.err)
 		}
 		w.Logger.Warn("not connected to the schedulers", "err", err)
 		if time.Since(began) > time.Minute {
@@ -213,5 +213,11 @@ func deviceMessage(d gpu.Device) *musterpb.Device {
 		PowerMilliwatts: value(d.PowerMilliwatts), UtilizationPercent: value(d.UtilizationPercent), Unhealthy: d.Unhealthy,
 	}
 }
+
+// refusal is a scheduler's answer that dialling again does not change.
+type refusal struct{ err error }
+
+func (r *refusal) Error() string { return r.err.Error() }
+func (r *refusal) Unwrap() error { return r.err }
 
 var errSilent = errors.New("the scheduler closed the session")
