@@ -50,6 +50,13 @@ const (
 	textOwner   = "lab"
 )
 
+// pictures are as large as two cores can trace twice in a minute: WebAssembly
+// takes about four times as long as native code.
+var pictures = map[string]struct{ width, height, samples int }{
+	"docker": {160, 90, 16},
+	"wasm":   {128, 72, 4},
+}
+
 type demo struct {
 	bin, build, dir, runtime string
 	out                      *os.File
@@ -111,17 +118,17 @@ func (d *demo) submit(ctx context.Context) (render, text string, err error) {
 	if err != nil {
 		return "", "", err
 	}
-	suffix := map[string]string{"docker": ".tar", "wasm": ".wasm"}[d.runtime]
-	samples := map[string]int{"docker": 16, "wasm": 8}[d.runtime]
+	suffix, size := map[string]string{"docker": ".tar", "wasm": ".wasm"}[d.runtime], pictures[d.runtime]
 	examples, err := filepath.Abs("examples")
 	if err != nil {
 		return "", "", err
 	}
-	render, err = d.net.submit(ctx, renderOwner, fmt.Sprintf(renderJob, filepath.Join(build, "raytrace"+suffix), samples, filepath.Join(examples, "raytrace", "scene.json"), frames))
+	render, err = d.net.submit(ctx, renderOwner, fmt.Sprintf(renderJob, filepath.Join(build, "raytrace"+suffix), size.width, size.height, size.samples,
+		filepath.Join(examples, "raytrace", "scene.json"), frames))
 	if err != nil {
 		return "", "", err
 	}
-	d.say("submitted %s: %d frames, 160×90, %d samples a pixel, at most $0.40/h", render, frames, samples)
+	d.say("submitted %s: %d frames, %d×%d, %d samples a pixel, at most $0.40/h", render, frames, size.width, size.height, size.samples)
 	text, err = d.net.submit(ctx, textOwner, fmt.Sprintf(textJob, filepath.Join(build, "tinylm"+suffix), filepath.Join(examples, "tinylm", "prompts.jsonl")))
 	if err != nil {
 		return "", "", err
@@ -132,7 +139,7 @@ func (d *demo) submit(ctx context.Context) (render, text string, err error) {
 
 const renderJob = `name: demo-render
 image: %s
-command: ["--scene", "/in/scene.json", "--frames", "{items}", "--width", "160", "--height", "90", "--samples", "%d", "--out", "/out"]
+command: ["--scene", "/in/scene.json", "--frames", "{items}", "--width", "%d", "--height", "%d", "--samples", "%d", "--out", "/out"]
 inputs: ["%s"]
 items: {range: 1-%d}
 chunk: 2

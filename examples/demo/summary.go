@@ -186,9 +186,9 @@ func contactSheet(dir, out string) error {
 // outside of muster, and compares them bit by bit.
 func (d *demo) compareWithOwnRun(ctx context.Context) error {
 	own := filepath.Join(d.net.dir, "own")
-	samples := map[string]string{"docker": "16", "wasm": "8"}[d.runtime]
+	size := pictures[d.runtime]
 	run := exec.CommandContext(ctx, filepath.Join(d.build, "raytrace"), "--scene", "examples/raytrace/scene.json", "--frames", "1,12,24",
-		"--width", "160", "--height", "90", "--samples", samples, "--out", own)
+		"--width", strconv.Itoa(size.width), "--height", strconv.Itoa(size.height), "--samples", strconv.Itoa(size.samples), "--out", own)
 	if out, err := run.CombinedOutput(); err != nil {
 		return fmt.Errorf("rendering: %w: %s", err, out)
 	}
