@@ -1,0 +1,2 @@
+// Package muster is replaced by the reader's guide.
+package muster
