@@ -345,11 +345,12 @@ func (s *State) rejectWork(check *musterpb.Check) {
 // of the job's where there is a reason for it.
 func (s *State) redo(a *musterpb.Attempt, failure string) {
 	s.changeJob(a.Job, func(job *musterpb.Job) { job.ItemsCommitted -= uint64(len(s.itemsOf(a))) })
+	task := s.task(a.Job, a.Task)
 	if Ended(s.jobs[a.Job].State) {
+		s.requeue(task)
 		s.settleJob(a.Job)
 		return
 	}
-	task := s.task(a.Job, a.Task)
 	if !slices.Contains(task.AvoidOwners, a.Owner) {
 		task.AvoidOwners = append(task.AvoidOwners, a.Owner)
 	}

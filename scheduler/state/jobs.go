@@ -90,6 +90,7 @@ func (s *State) endJob(job *musterpb.Job, state musterpb.JobState, reason string
 	for _, id := range slices.Clone(s.byJob[job.Id]) {
 		if a := s.attempts[id]; a.Check == "" && running(a.State) {
 			s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "the job was "+StateName(state))
+			s.requeue(s.task(a.Job, a.Task))
 		}
 	}
 	s.settleJob(job.Id)
@@ -153,10 +154,14 @@ func (s *State) task(job string, number uint32) *musterpb.Task {
 
 func (s *State) setTask(t *musterpb.Task) { s.tasks[taskKey{t.Job, t.Number}] = t }
 
-// requeue makes a task wait for another attempt, unless the job has ended.
+// requeue makes a task wait for another attempt. That of a job that has ended
+// waits for ever, and is not listed.
 func (s *State) requeue(t *musterpb.Task) {
 	t.State, t.Result = musterpb.TaskState_TASK_STATE_QUEUED, ""
 	s.setTask(t)
+	if Ended(s.jobs[t.Job].State) {
+		return
+	}
 	s.changeJob(t.Job, func(job *musterpb.Job) {
 		if !slices.Contains(job.Requeued, t.Number) {
 			job.Requeued = append(job.Requeued, t.Number)
