@@ -247,13 +247,16 @@ func (s *State) recordComparisons(c *musterpb.RecordComparisons) (string, error)
 	}
 	committed, _ := s.runsOf(check)
 	missing := verify.MissingPairs(check.Target, committed, check.Comparisons)
+	wanted := len(missing)
 	for _, cmp := range c.Comparisons {
-		if !slices.Contains(missing, [2]string{cmp.A, cmp.B}) {
+		at := slices.Index(missing, [2]string{cmp.A, cmp.B})
+		if at < 0 {
 			return "", api.Errorf(api.Conflict, "check %s: the comparison of %s with %s is not wanted", c.Check, cmp.A, cmp.B)
 		}
+		missing = slices.Delete(missing, at, at+1) // each once
 	}
-	if len(c.Comparisons) != len(missing) {
-		return "", api.Errorf(api.Conflict, "check %s: %d comparisons where %d are wanted", c.Check, len(c.Comparisons), len(missing))
+	if wanted == 0 || len(missing) > 0 {
+		return "", api.Errorf(api.Conflict, "check %s: %d comparisons where %d are wanted", c.Check, len(c.Comparisons), wanted)
 	}
 	fresh := check.CloneVT()
 	fresh.Comparisons = append(fresh.Comparisons, c.Comparisons...)
