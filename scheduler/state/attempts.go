@@ -17,12 +17,33 @@ func running(s musterpb.AttemptState) bool {
 	return s == musterpb.AttemptState_ATTEMPT_STATE_PLACED || s == musterpb.AttemptState_ATTEMPT_STATE_RUNNING
 }
 
+// maxMoney is what a product that no account can pay counts as: comparisons
+// with it come out right, and sums of a few stay far from overflow.
+const maxMoney api.MicroUSD = 1 << 60
+
 // Cost is the price of some time, rounded up to a micro-dollar.
 func Cost(perHour api.MicroUSD, ms int64) api.MicroUSD {
 	hi, lo := bits.Mul64(uint64(max(perHour, 0)), uint64(max(ms, 0)))
 	lo, carry := bits.Add64(lo, hourMS-1, 0)
-	q, _ := bits.Div64(hi+carry, lo, hourMS)
-	return api.MicroUSD(q)
+	if hi += carry; hi >= hourMS {
+		return maxMoney // the quotient has more than 64 bits
+	}
+	q, _ := bits.Div64(hi, lo, hourMS)
+	return api.MicroUSD(min(q, uint64(maxMoney)))
+}
+
+// times is amount·n for amounts that are not negative.
+func times(amount api.MicroUSD, n uint64) api.MicroUSD {
+	hi, lo := bits.Mul64(uint64(amount), n)
+	if hi > 0 || lo > uint64(maxMoney) {
+		return maxMoney
+	}
+	return api.MicroUSD(lo)
+}
+
+// fee is the network's share of an amount, rounded down.
+func fee(amount api.MicroUSD) api.MicroUSD {
+	return amount/1_000_000*FeePPM + amount%1_000_000*FeePPM/1_000_000
 }
 
 // Units is how many times the hourly price an attempt costs: one per GPU, and
@@ -94,7 +115,7 @@ func (s *State) placeWork(job *musterpb.Job, a *musterpb.Attempt) error {
 // is under way, one check at the job's own price limit. Without that reserve a
 // job could spend everything on results that it then can't have judged.
 func (s *State) affords(job *musterpb.Job, a *musterpb.Attempt) error {
-	need := api.MicroUSD(a.HoldMicroUsd) + attemptLimit(job.Spec)*api.MicroUSD(job.LiveAttempts+1)
+	need := api.MicroUSD(a.HoldMicroUsd) + times(attemptLimit(job.Spec), uint64(job.LiveAttempts)+1)
 	if free := s.ledger.Account(ledger.OfJob(job.Id)).Available(); free < need {
 		return api.Errorf(api.Exhausted, "%s of the budget is free, and another attempt with the checks that are due may cost up to %s; wait, or add to the budget with: muster job fund %s AMOUNT",
 			free, need, job.Id)
@@ -104,7 +125,7 @@ func (s *State) affords(job *musterpb.Job, a *musterpb.Attempt) error {
 
 // attemptLimit is the most that one attempt of a job can cost.
 func attemptLimit(spec *musterpb.JobSpec) api.MicroUSD {
-	return max(Cost(api.MicroUSD(spec.MaxPriceMicroUsdPerHour*Units(spec.Resources)), spec.TimeoutMs), 1)
+	return max(Cost(times(api.MicroUSD(spec.MaxPriceMicroUsdPerHour), uint64(Units(spec.Resources))), spec.TimeoutMs), 1)
 }
 
 // LeastBudget is the least with which a job can do anything: one attempt, and
@@ -293,7 +314,7 @@ func (s *State) payAttempt(a *musterpb.Attempt, reason string) {
 	if amount == 0 {
 		must(s.ledger.Void(a.Hold, s.now, "free of charge"))
 	} else {
-		must(s.ledger.Post(a.Hold, s.now, amount, amount*FeePPM/1_000_000, reason))
+		must(s.ledger.Post(a.Hold, s.now, amount, fee(amount), reason))
 	}
 	paid := before - s.ledger.Account(a.Payer).Balance
 	fresh := a.CloneVT()
