@@ -12,6 +12,11 @@ import (
 
 const hourMS = 3_600_000
 
+// live reports whether the attempt's hold is open: it may yet be paid.
+func live(s musterpb.AttemptState) bool {
+	return running(s) || s == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED
+}
+
 // running reports whether a worker may be busy with the attempt.
 func running(s musterpb.AttemptState) bool {
 	return s == musterpb.AttemptState_ATTEMPT_STATE_PLACED || s == musterpb.AttemptState_ATTEMPT_STATE_RUNNING
@@ -111,11 +116,12 @@ func (s *State) placeWork(job *musterpb.Job, a *musterpb.Attempt) error {
 	return nil
 }
 
-// affords checks that the budget covers an attempt and, for it and for all that
-// is under way, one check at the job's own price limit. Without that reserve a
-// job could spend everything on results that it then can't have judged.
+// affords checks that the budget covers an attempt and, for it and for every
+// other result whose check is still to come, one check at the job's own price
+// limit. Without that reserve a job could spend everything on results that it
+// then can't have judged.
 func (s *State) affords(job *musterpb.Job, a *musterpb.Attempt) error {
-	need := api.MicroUSD(a.HoldMicroUsd) + times(attemptLimit(job.Spec), uint64(job.LiveAttempts)+1)
+	need := api.MicroUSD(a.HoldMicroUsd) + times(attemptLimit(job.Spec), uint64(s.due[job.Id])+1)
 	if free := s.ledger.Account(ledger.OfJob(job.Id)).Available(); free < need {
 		return api.Errorf(api.Exhausted, "%s of the budget is free, and another attempt with the checks that are due may cost up to %s; wait, or add to the budget with: muster job fund %s AMOUNT",
 			free, need, job.Id)
@@ -185,11 +191,6 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 		return a.Id, nil // the leader compares next
 	}
 	task := s.task(a.Job, a.Task)
-	for _, other := range task.Attempts {
-		if o := s.attempts[other]; other != a.Id && running(o.State) {
-			s.closeAttempt(o, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "another attempt of the task was faster")
-		}
-	}
 	task.State, task.Result = musterpb.TaskState_TASK_STATE_PROVISIONAL, a.Id
 	s.setTask(task)
 	s.changeJob(a.Job, func(job *musterpb.Job) {
@@ -201,7 +202,7 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 }
 
 // reviveLost lets the late result of a lost attempt count where none came
-// first, and holds its price again.
+// first. It ends the attempt that took its place, and holds the price again.
 func (s *State) reviveLost(a *musterpb.Attempt) error {
 	job := s.jobs[a.Job]
 	if a.Check != "" {
@@ -210,13 +211,27 @@ func (s *State) reviveLost(a *musterpb.Attempt) error {
 	if Ended(job.State) {
 		return api.Errorf(api.Conflict, "attempt %s comes too late: the job is %s", a.Id, StateName(job.State))
 	}
-	if task := s.tasks[taskKey{a.Job, a.Task}]; task.Result != "" {
+	task := s.tasks[taskKey{a.Job, a.Task}]
+	if task.Result != "" {
 		return api.Errorf(api.Conflict, "attempt %s comes too late: attempt %s of its task was committed first", a.Id, task.Result)
 	}
-	fresh := a.CloneVT()
-	if err := s.hold(fresh, ledger.OfJob(a.Job)); err != nil {
-		return err
+	// The late result needs what any attempt needs, and gets what its
+	// replacement, of which there is one at most, has held and had in reserve.
+	free, due := s.ledger.Account(ledger.OfJob(a.Job)).Available(), s.due[a.Job]
+	var replacement *musterpb.Attempt
+	for _, id := range task.Attempts {
+		if o := s.attempts[id]; running(o.State) {
+			replacement, free, due = o, free+api.MicroUSD(o.HoldMicroUsd), due-1
+		}
 	}
+	if free < api.MicroUSD(a.HoldMicroUsd)+times(attemptLimit(job.Spec), uint64(due)+1) {
+		return api.Errorf(api.Exhausted, "attempt %s comes too late: other tasks use the budget of job %s by now", a.Id, a.Job)
+	}
+	if replacement != nil {
+		s.closeAttempt(replacement, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "another attempt of the task was faster")
+	}
+	fresh := a.CloneVT()
+	must(s.hold(fresh, ledger.OfJob(a.Job)))
 	s.setAttempt(fresh)
 	s.changeJob(a.Job, func(job *musterpb.Job) { job.LiveAttempts++ })
 	return nil
@@ -347,9 +362,47 @@ func (s *State) addAttempt(a *musterpb.Attempt) {
 	s.setAttempt(a)
 }
 
-// setAttempt stores an attempt and keeps the index of what workers run.
+// resultOf is the attempt that a check run examines, and for work itself.
+func (s *State) resultOf(a *musterpb.Attempt) string {
+	if a.Check != "" {
+		return s.checks[a.Check].Target
+	}
+	return a.Id
+}
+
+// owed is 1 for a result that may yet be paid and whose check has no run.
+func (s *State) owed(result string) int {
+	a := s.attempts[result]
+	if a == nil || !live(a.State) {
+		return 0
+	}
+	if check := s.checks[checkID(result)]; check != nil {
+		for _, id := range check.Runs {
+			if live(s.attempts[id].State) {
+				return 0
+			}
+		}
+	}
+	return 1
+}
+
+func (s *State) countDue(job string, change int) {
+	if s.due[job] += change; s.due[job] == 0 {
+		delete(s.due, job)
+	}
+}
+
+// setAttempt stores an attempt and keeps the indexes of what workers run and of
+// the checks that are due.
 func (s *State) setAttempt(a *musterpb.Attempt) {
+	result := s.resultOf(a)
+	before := s.owed(result)
 	s.attempts[a.Id] = a
+	s.countDue(a.Job, s.owed(result)-before)
+	s.indexLive(a)
+}
+
+func (s *State) indexLive(a *musterpb.Attempt) {
 	live := s.liveByWorker[a.Worker]
 	if running(a.State) {
 		if live == nil {

@@ -143,8 +143,16 @@ func (s *State) draw(batch *musterpb.Batch) {
 	}
 }
 
+// setCheck stores a check and keeps the indexes of open ones and of those that
+// are due.
 func (s *State) setCheck(c *musterpb.Check) {
+	before := s.owed(c.Target)
 	s.checks[c.Id] = c
+	s.countDue(c.Job, s.owed(c.Target)-before)
+	s.indexOpen(c)
+}
+
+func (s *State) indexOpen(c *musterpb.Check) {
 	if c.Verdict == musterpb.Verdict_VERDICT_UNSPECIFIED || c.Verdict == musterpb.Verdict_VERDICT_AWAITING_DATA {
 		s.openChecks[c.Id] = struct{}{}
 	} else {

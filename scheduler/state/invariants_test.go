@@ -63,7 +63,7 @@ func brokenMoney(s *State, bad complain) {
 	}
 	for _, id := range sortedKeys(s.attempts) {
 		a := s.attempts[id]
-		live := running(a.State) || a.State == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED
+		live := live(a.State)
 		if live {
 			wantHeld += api.MicroUSD(a.HoldMicroUsd)
 		}
@@ -100,7 +100,7 @@ func brokenJob(s *State, job *musterpb.Job, bad complain) {
 		if a.Job != job.Id {
 			continue
 		}
-		if running(a.State) || a.State == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
+		if live(a.State) {
 			want.LiveAttempts++
 		}
 		if a.Check == "" {
@@ -324,6 +324,7 @@ func (r *replicas) restart(snapshot *Snapshot, hash []byte) {
 		"openChecks":   {r.openChecks, restored.openChecks},
 		"liveByWorker": {r.liveByWorker, restored.liveByWorker},
 		"byJob":        {r.byJob, restored.byJob},
+		"due":          {r.due, restored.due},
 	} {
 		if !reflect.DeepEqual(pair[0], pair[1]) {
 			r.t.Fatalf("%s is %v, rebuilt %v", name, pair[0], pair[1])

@@ -140,10 +140,13 @@ func (s *State) derive() {
 		s.setJob(job)
 	}
 	for _, a := range s.attempts {
-		s.setAttempt(a)
+		s.indexLive(a)
+		if a.Check == "" {
+			s.countDue(a.Job, s.owed(a.Id))
+		}
 	}
 	for _, c := range s.checks {
-		s.setCheck(c)
+		s.indexOpen(c)
 	}
 }
 
