@@ -255,11 +255,14 @@ func (s *State) endAttempt(c *musterpb.EndAttempt) (string, error) {
 	marked.Blame, marked.ExitCode, marked.LogDigest = c.Blame, c.ExitCode, c.LogDigest
 	s.setAttempt(marked)
 	s.closeAttempt(marked, c.State, c.Reason)
-	if c.Blame == musterpb.Blame_BLAME_WORKER || c.State == musterpb.AttemptState_ATTEMPT_STATE_LOST {
+	switch {
+	case c.Blame == musterpb.Blame_BLAME_WORKER || c.State == musterpb.AttemptState_ATTEMPT_STATE_LOST:
 		s.failedWorker(a.Worker, false)
+	case c.Blame != musterpb.Blame_BLAME_JOB && c.State == musterpb.AttemptState_ATTEMPT_STATE_FAILED:
+		s.restWorker(a.Worker) // what stopped it is likely to stop the next one
 	}
 	if a.Check != "" {
-		s.lostCheckRun(a, c.State)
+		s.failedCheckRun(s.attempts[a.Id])
 		return a.Id, nil
 	}
 	s.failedWork(marked, c)

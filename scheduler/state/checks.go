@@ -179,6 +179,9 @@ func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) err
 	}
 	for _, id := range append([]string{check.Target}, check.Runs...) {
 		o := s.attempts[id]
+		if !live(o.State) {
+			continue // it ended without a result
+		}
 		if o.Worker == a.Worker {
 			return api.Errorf(api.Denied, "worker %s has a part in check %s already", a.Worker, check.Id)
 		}
@@ -187,14 +190,14 @@ func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) err
 		}
 	}
 	a.Items = check.Items
-	payer := ledger.OfJob(c.Job)
-	if len(check.Comparisons) > 0 && s.ledger.Account(ledger.Network).Available() >= api.MicroUSD(a.HoldMicroUsd) {
-		payer = ledger.Network // a dispute is not the customer's fault
-	}
-	if err := s.hold(a, payer); err != nil {
-		s.pause(s.jobs[c.Job], fmt.Sprintf("a check may cost up to %s: %v; add to the budget with: muster job fund %s AMOUNT", api.MicroUSD(a.HoldMicroUsd), err, c.Job))
+	payer := s.payerOf(check, api.MicroUSD(a.HoldMicroUsd))
+	if payer == "" {
+		err := api.Errorf(api.Exhausted, "%s of the budget is free, and the check of a result may cost up to %s; wait, or add to the budget with: muster job fund %s AMOUNT",
+			s.ledger.Account(ledger.OfJob(c.Job)).Available(), api.MicroUSD(a.HoldMicroUsd), c.Job)
+		s.pause(s.jobs[c.Job], err.Error())
 		return err
 	}
+	must(s.hold(a, payer))
 	s.addAttempt(a)
 	fresh := check.CloneVT()
 	fresh.Runs = append(fresh.Runs, a.Id)
@@ -209,40 +212,53 @@ func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) err
 	return nil
 }
 
-// lostCheckRun takes a run that ended without a result out of its check; too
-// many of them, and the check is given up.
-func (s *State) lostCheckRun(a *musterpb.Attempt, state musterpb.AttemptState) {
-	check := s.checks[a.Check].CloneVT()
-	check.Runs = slices.DeleteFunc(check.Runs, func(id string) bool { return id == a.Id })
-	if state == musterpb.AttemptState_ATTEMPT_STATE_FAILED {
-		check.FailedRuns++
+// payerOf is who can pay for a run of a check: a dispute is not the customer's
+// fault, so the network does as far as its fund reaches. Empty is nobody.
+func (s *State) payerOf(check *musterpb.Check, amount api.MicroUSD) string {
+	if len(check.Comparisons) > 0 && s.ledger.Account(ledger.Network).Available() >= amount {
+		return ledger.Network
 	}
+	if s.ledger.Account(ledger.OfJob(check.Job)).Available() >= amount {
+		return ledger.OfJob(check.Job)
+	}
+	return ""
+}
+
+// failedCheckRun counts a run that failed, other than by the network's fault;
+// too many of them, and the check is given up.
+func (s *State) failedCheckRun(a *musterpb.Attempt) {
+	if a.Blame == musterpb.Blame_BLAME_NETWORK || a.State != musterpb.AttemptState_ATTEMPT_STATE_FAILED {
+		return
+	}
+	check := s.checks[a.Check].CloneVT()
+	check.FailedRuns++
 	s.setCheck(check)
-	if _, open := s.openChecks[check.Id]; open && check.FailedRuns >= verify.MaxRuns {
-		s.inconclusive(check, fmt.Sprintf("%d runs on other owners' machines failed; last: %s", check.FailedRuns, s.attempts[a.Id].Reason))
+	if check.FailedRuns >= verify.MaxRuns {
+		s.inconclusive(check, fmt.Sprintf("%d runs on other owners' machines failed; last: %s", check.FailedRuns, a.Reason))
 	}
 }
 
 // runsWanted is how many further runs a check can use now.
 func (s *State) runsWanted(check *musterpb.Check) int {
-	committed, live := s.runsOf(check)
+	committed, underWay := s.runsOf(check)
 	if len(verify.MissingPairs(check.Target, committed, check.Comparisons)) > 0 {
 		return 0 // the comparison comes first
 	}
-	return verify.Decide(check.Target, committed, check.Comparisons).MoreRuns - live
+	return verify.Decide(check.Target, committed, check.Comparisons).MoreRuns - underWay
 }
 
 // runsOf splits a check's runs into those with a result and a count of those
-// still under way.
-func (s *State) runsOf(check *musterpb.Check) (committed []string, live int) {
+// still under way; others ended without one.
+func (s *State) runsOf(check *musterpb.Check) (committed []string, underWay int) {
 	for _, id := range check.Runs {
-		if s.attempts[id].State == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
+		switch state := s.attempts[id].State; {
+		case state == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED:
 			committed = append(committed, id)
-		} else {
-			live++
+		case running(state):
+			underWay++
 		}
 	}
-	return committed, live
+	return committed, underWay
 }
 
 func (s *State) recordComparisons(c *musterpb.RecordComparisons) (string, error) {

@@ -487,6 +487,12 @@ func (w *world) queued() (lines []string) {
 			for _, p := range c.Parties {
 				line += ", not by " + p.Owner
 			}
+			for _, owner := range c.Tried {
+				line += ", tried by " + owner
+			}
+			if c.Unpaid != "" {
+				line += ", " + c.Unpaid
+			}
 			line += ")"
 		}
 		lines = append(lines, line)
