@@ -386,7 +386,7 @@ func (s *State) redo(a *musterpb.Attempt, failure string) {
 	}
 	s.requeue(task)
 	if reason := s.outOfRetries(task, false, failure); reason != "" {
-		s.endJob(s.jobs[a.Job].CloneVT(), musterpb.JobState_JOB_STATE_FAILED, reason)
+		s.endJob(copyJob(s.jobs[a.Job]), musterpb.JobState_JOB_STATE_FAILED, reason)
 	}
 }
 
@@ -403,11 +403,12 @@ func (s *State) giveUpCheck(c *musterpb.GiveUpCheck) (string, error) {
 }
 
 // inconclusive ends a check that nobody could decide. No owner is at fault: who
-// delivered is paid from the network's fund, as far as that reaches; the
-// customer pays nothing, and the task is done again.
+// delivered is paid from the network's fund, as far as that reaches, and the
+// checkers first, since theirs was not the result in doubt; the customer pays
+// nothing, and the task is done again.
 func (s *State) inconclusive(check *musterpb.Check, reason string) {
 	s.closeCheck(check, musterpb.Verdict_VERDICT_INCONCLUSIVE, reason)
-	for _, id := range append([]string{check.Target}, check.Runs...) {
+	for _, id := range append(slices.Clone(check.Runs), check.Target) {
 		a := s.attempts[id]
 		if a.State != musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
 			continue
