@@ -72,6 +72,11 @@ func (s *State) placeAttempt(c *musterpb.PlaceAttempt) (string, error) {
 	case uint32(len(c.Devices)) != job.Spec.Resources.GetGpus():
 		return "", api.Errorf(api.Invalid, "attempt %s has %d devices, the job needs %d", c.Attempt, len(c.Devices), job.Spec.Resources.GetGpus())
 	}
+	for _, d := range c.Devices {
+		if !slices.ContainsFunc(worker.Capacity.Devices, func(have *musterpb.Device) bool { return have.Uuid == d }) {
+			return "", api.Errorf(api.Conflict, "worker %s has no device %s (any more)", c.Worker, d)
+		}
+	}
 	if busy := s.busyDevice(c.Worker, c.Devices); busy != "" {
 		return "", api.Errorf(api.Conflict, "device %s of worker %s is in use", busy, c.Worker)
 	}
@@ -91,7 +96,7 @@ func (s *State) placeWork(job *musterpb.Job, a *musterpb.Attempt) error {
 	if Ended(job.State) || job.State == musterpb.JobState_JOB_STATE_PAUSED {
 		return api.Errorf(api.Conflict, "job %s is %s", job.Id, StateName(job.State))
 	}
-	fresh := job.CloneVT()
+	fresh := copyJob(job)
 	if at := slices.Index(fresh.Requeued, a.Task); at >= 0 {
 		fresh.Requeued = slices.Delete(fresh.Requeued, at, at+1)
 	} else if a.Task == fresh.NextTask && a.Task < fresh.Tasks {
@@ -142,7 +147,7 @@ func (s *State) pause(job *musterpb.Job, reason string) {
 	if Ended(job.State) {
 		return
 	}
-	paused := job.CloneVT()
+	paused := copyJob(job)
 	paused.State, paused.Reason = musterpb.JobState_JOB_STATE_PAUSED, reason
 	s.setJob(paused)
 }
@@ -197,7 +202,7 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 		job.ItemsCommitted += uint64(len(s.itemsOf(a)))
 		job.Requeued = slices.DeleteFunc(job.Requeued, func(n uint32) bool { return n == a.Task })
 	})
-	s.openBatch = append(slices.Clip(s.openBatch), a.Id)
+	s.openBatch = append(s.openBatch, a.Id)
 	return a.Id, nil
 }
 
@@ -292,7 +297,7 @@ func (s *State) failedWork(a *musterpb.Attempt, c *musterpb.EndAttempt) {
 	}
 	s.requeue(task)
 	if reason := s.outOfRetries(task, sameElsewhere, c.Reason); reason != "" {
-		s.endJob(s.jobs[a.Job].CloneVT(), musterpb.JobState_JOB_STATE_FAILED, reason)
+		s.endJob(copyJob(s.jobs[a.Job]), musterpb.JobState_JOB_STATE_FAILED, reason)
 	}
 }
 
@@ -361,7 +366,8 @@ func (s *State) finishAttempt(a *musterpb.Attempt, state musterpb.AttemptState, 
 }
 
 func (s *State) addAttempt(a *musterpb.Attempt) {
-	s.byJob[a.Job] = append(slices.Clip(s.byJob[a.Job]), a.Id)
+	// Appending leaves alone what a snapshot sees of the slice.
+	s.byJob[a.Job] = append(s.byJob[a.Job], a.Id)
 	s.setAttempt(a)
 }
 

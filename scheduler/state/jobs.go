@@ -55,7 +55,7 @@ func (s *State) cancelJob(c *musterpb.CancelJob) (string, error) {
 	case Ended(job.State):
 		return "", api.Errorf(api.Conflict, "job %s is %s already", c.Job, StateName(job.State))
 	}
-	s.endJob(job.CloneVT(), musterpb.JobState_JOB_STATE_CANCELLED, c.Reason)
+	s.endJob(copyJob(job), musterpb.JobState_JOB_STATE_CANCELLED, c.Reason)
 	return c.Job, nil
 }
 
@@ -74,7 +74,8 @@ func (s *State) fundJob(c *musterpb.FundJob) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	fresh := job.CloneVT()
+	fresh := copyJob(job)
+	fresh.Spec = job.Spec.CloneVT()
 	fresh.Spec.BudgetMicroUsd += c.AmountMicroUsd
 	s.resume(fresh)
 	s.setJob(fresh)
@@ -106,7 +107,7 @@ func (s *State) settleJob(id string) {
 	if !Ended(job.State) && job.TasksVerified < job.Tasks {
 		return
 	}
-	job = job.CloneVT()
+	job = copyJob(job)
 	if !Ended(job.State) {
 		job.State, job.Reason, job.EndedUnixMs = musterpb.JobState_JOB_STATE_VERIFIED, "", s.now
 	}
@@ -130,8 +131,22 @@ func (s *State) setJob(job *musterpb.Job) {
 	}
 }
 
+// copyJob is a copy of a job that may be changed, except for its specification
+// and its key: those can have megabytes, and every step of an attempt changes
+// the job's counters.
+func copyJob(j *musterpb.Job) *musterpb.Job {
+	return &musterpb.Job{
+		Id: j.Id, Account: j.Account, Spec: j.Spec, State: j.State, Reason: j.Reason,
+		SubmittedUnixMs: j.SubmittedUnixMs, EndedUnixMs: j.EndedUnixMs, PermutationKey: j.PermutationKey, Sequence: j.Sequence,
+		Items: j.Items, Tasks: j.Tasks, NextTask: j.NextTask, Requeued: slices.Clone(j.Requeued), TasksVerified: j.TasksVerified,
+		ItemsCommitted: j.ItemsCommitted, ItemsVerified: j.ItemsVerified, Attempts: j.Attempts, Checks: j.Checks,
+		CheckedItems: j.CheckedItems, Caught: j.Caught, SpentMicroUsd: j.SpentMicroUsd, LiveAttempts: j.LiveAttempts,
+		OpenChecks: j.OpenChecks, Settled: j.Settled,
+	}
+}
+
 func (s *State) changeJob(id string, change func(*musterpb.Job)) {
-	job := s.jobs[id].CloneVT()
+	job := copyJob(s.jobs[id])
 	change(job)
 	s.setJob(job)
 }
