@@ -174,6 +174,9 @@ func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) err
 		return api.Errorf(api.Conflict, "check %s needs no further run", check.Id)
 	}
 	target := s.attempts[check.Target]
+	if a.Task != target.Task {
+		return api.Errorf(api.Invalid, "check %s is of task %d, not of task %d", check.Id, target.Task, a.Task)
+	}
 	if a.Class != target.Class {
 		return api.Errorf(api.Invalid, "check %s needs hardware class %s, worker %s is %s", check.Id, target.Class, a.Worker, a.Class)
 	}
