@@ -199,7 +199,7 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 	task.State, task.Result = musterpb.TaskState_TASK_STATE_PROVISIONAL, a.Id
 	s.setTask(task)
 	s.changeJob(a.Job, func(job *musterpb.Job) {
-		job.ItemsCommitted += uint64(len(s.itemsOf(a)))
+		job.ItemsCommitted += countItems(job, a.Task)
 		job.Requeued = slices.DeleteFunc(job.Requeued, func(n uint32) bool { return n == a.Task })
 	})
 	s.openBatch = append(s.openBatch, a.Id)

@@ -359,7 +359,7 @@ func (s *State) acceptWork(a *musterpb.Attempt, reason string) {
 	s.setTask(task)
 	s.changeJob(a.Job, func(job *musterpb.Job) {
 		job.TasksVerified++
-		job.ItemsVerified += uint64(len(s.itemsOf(a)))
+		job.ItemsVerified += countItems(job, a.Task)
 	})
 	s.settleJob(a.Job)
 }
@@ -374,7 +374,7 @@ func (s *State) rejectWork(check *musterpb.Check) {
 // redo queues the task of a result that does not count, counting a failure
 // of the job's where there is a reason for it.
 func (s *State) redo(a *musterpb.Attempt, failure string) {
-	s.changeJob(a.Job, func(job *musterpb.Job) { job.ItemsCommitted -= uint64(len(s.itemsOf(a))) })
+	s.changeJob(a.Job, func(job *musterpb.Job) { job.ItemsCommitted -= countItems(job, a.Task) })
 	task := s.task(a.Job, a.Task)
 	if Ended(s.jobs[a.Job].State) {
 		s.requeue(task)

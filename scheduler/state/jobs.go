@@ -193,6 +193,12 @@ func (s *State) itemsOf(a *musterpb.Attempt) []uint64 {
 	return jobspec.TaskItems(job.Spec, job.PermutationKey, a.Task)
 }
 
+// countItems is how many items a task has, without walking the permutation.
+func countItems(job *musterpb.Job, task uint32) uint64 {
+	first := uint64(task) * uint64(job.Spec.Chunk)
+	return min(uint64(job.Spec.Chunk), job.Items-min(first, job.Items))
+}
+
 // Application names what a record is kept for: an image repository, or the
 // account's own program where there is no repository. It is not a digest, so
 // that a record outlives a new build.
