@@ -176,20 +176,26 @@ func placeTask(in *Input, job *musterpb.Job, task *musterpb.Task) (Placement, bo
 }
 
 // placeRun draws a checker among those that could run now, by a lottery that
-// follows from the seed of the target's batch.
+// follows from the seed of the target's batch. Owners who tried before and did
+// not deliver draw only where nobody else does.
 func placeRun(in *Input, job *musterpb.Job, run *state.WantedRun) (Placement, bool) {
+	if run.Unpaid != "" {
+		return Placement{}, false
+	}
 	var seed []byte
 	if in.Seed != nil {
 		seed = in.Seed(run.Parties[0].Batch)
 	}
 	var best *Worker
+	var bestTried bool
 	var bestLot uint64
 	for _, w := range in.Workers {
 		if reject(in.NowUnixMS, job, run, w) != nil {
 			continue
 		}
-		if lot := checkerLot(seed, run.Check.Id, w.Id); best == nil || lot < bestLot {
-			best, bestLot = w, lot
+		tried, lot := slices.Contains(run.Tried, w.Owner), checkerLot(seed, run.Check.Id, w.Id)
+		if best == nil || (bestTried && !tried) || (bestTried == tried && lot < bestLot) {
+			best, bestTried, bestLot = w, tried, lot
 		}
 	}
 	if best == nil {
