@@ -306,11 +306,11 @@ func runFailure(res container.Result, a *musterpb.Assignment) error {
 	case res.OK():
 		return nil
 	case res.Reason == container.OutOfMemory:
-		return jobFault(exitKilled, "out of memory: the program wanted more than the %d bytes of resources.memory", a.Resources.MemoryBytes)
+		return jobFault(exitKilled, "out of memory: the program wanted more than the %s of resources.memory", jobspec.FormatSize(a.Resources.MemoryBytes))
 	case res.Reason == container.TimedOut:
 		return jobFault(exitTimeout, "the attempt took longer than its time-out of %s", time.Duration(a.TimeoutMs)*time.Millisecond)
 	case res.Reason == container.OutputTooLarge:
-		return jobFault(exitBadOutputs, "the program wrote more than the %d bytes of resources.disk to /out", a.Resources.DiskBytes)
+		return jobFault(exitBadOutputs, "the program wrote more than the %s of resources.disk to /out", jobspec.FormatSize(a.Resources.DiskBytes))
 	case res.Reason == container.Cancelled:
 		return &failure{musterpb.Blame_BLAME_NETWORK, 0, errors.New("the attempt was stopped")}
 	}

@@ -30,7 +30,7 @@ func (w *Worker) connect(ctx context.Context) error {
 		if leader := ""; errors.As(err, &ce) {
 			if leader = ce.Meta().Get(client.HeaderLeader); leader != "" && leader != address {
 				w.prefer(leader)
-				return fmt.Errorf("%s is not the leader, %s is", address, leader)
+				return errRedirected
 			}
 		}
 		// Only a scheduler's own word counts: a stream that breaks has codes too.

@@ -101,9 +101,14 @@ func (w *Worker) Run(ctx context.Context) error {
 		if refused := (*refusal)(nil); errors.As(err, &refused) {
 			return fmt.Errorf("the schedulers refuse this worker: %w", refused.err)
 		}
-		w.Logger.Warn("not connected to the schedulers", "err", err)
 		if time.Since(began) > time.Minute {
 			wait = 0 // it was a good session; dial again at once
+		}
+		// During an election two schedulers may each name the other.
+		if errors.Is(err, errRedirected) {
+			w.Logger.Debug("another scheduler leads", "address", w.addresses()[0])
+		} else {
+			w.Logger.Warn("not connected to the schedulers", "err", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -220,4 +225,7 @@ type refusal struct{ err error }
 func (r *refusal) Error() string { return r.err.Error() }
 func (r *refusal) Unwrap() error { return r.err }
 
-var errSilent = errors.New("the scheduler closed the session")
+var (
+	errSilent     = errors.New("the scheduler closed the session")
+	errRedirected = errors.New("the scheduler does not lead, and named the one that does")
+)

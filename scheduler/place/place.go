@@ -144,9 +144,12 @@ func next(in *Input, q *queue) (Placement, bool) {
 				return p, true
 			}
 		}
-		if len(w.Tasks) > 0 {
+		for len(w.Tasks) > 0 {
 			task := w.Tasks[0]
 			w.Tasks = w.Tasks[1:]
+			if awaitsOwner(in, w.Job, task) {
+				continue
+			}
 			if p, ok := placeTask(in, w.Job, task); ok {
 				return p, true
 			}
@@ -173,6 +176,26 @@ func placeTask(in *Input, job *musterpb.Job, task *musterpb.Task) (Placement, bo
 		return Placement{}, false
 	}
 	return take(job, task.Number, nil, best), true
+}
+
+// awaitsOwner reports whether a task that failed should wait for another owner
+// who is only busy. The same owner again would burn a retry, and could not show
+// that the job is at fault: for that it has to fail in the same way elsewhere.
+func awaitsOwner(in *Input, job *musterpb.Job, task *musterpb.Task) bool {
+	if task.Failures == 0 {
+		return false
+	}
+	busy := false
+	for _, w := range in.Workers {
+		if slices.Contains(task.AvoidOwners, w.Owner) {
+			continue
+		}
+		if reject(in.NowUnixMS, job, nil, w) == nil {
+			return false
+		}
+		busy = busy || rejectEver(job, nil, w) == nil
+	}
+	return busy
 }
 
 // placeRun draws a checker among those that could run now, by a lottery that
