@@ -221,6 +221,8 @@ func (s *State) endAttempt(c *musterpb.EndAttempt) (string, error) {
 	s.closeAttempt(marked, c.State, c.Reason)
 	if c.Blame == musterpb.Blame_BLAME_WORKER || c.State == musterpb.AttemptState_ATTEMPT_STATE_LOST {
 		s.failedWorker(a.Worker, false)
+	} else if c.Blame == musterpb.Blame_BLAME_NETWORK {
+		s.restWorker(a.Worker)
 	}
 	if a.Check != "" {
 		s.lostCheckRun(a, c.State)

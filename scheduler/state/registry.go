@@ -170,6 +170,18 @@ func (s *State) failedWorker(id string, caught bool) {
 	s.workers[id] = fresh
 }
 
+// restWorker keeps a worker from failing again at once for a reason that is
+// nobody's fault, such as a blob store that can't be reached.
+func (s *State) restWorker(id string) {
+	old := s.workers[id]
+	if old == nil {
+		return
+	}
+	fresh := old.CloneVT()
+	fresh.BackoffUntilUnixMs = max(old.BackoffUntilUnixMs, s.now+2000)
+	s.workers[id] = fresh
+}
+
 func (s *State) finishedWorker(id string) {
 	old := s.workers[id]
 	if old == nil {
