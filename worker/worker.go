@@ -11,6 +11,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"os"
@@ -82,6 +83,9 @@ func (w *Worker) ID() string { return w.id }
 
 // Run works until ctx ends, then stops what runs and waits for it.
 func (w *Worker) Run(ctx context.Context) error {
+	if len(w.Schedulers) == 0 {
+		return api.Errorf(api.Invalid, "a worker needs the address of at least one scheduler")
+	}
 	if err := w.cleanUp(ctx); err != nil {
 		return err
 	}
@@ -92,7 +96,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	w.cache = cache
 	defer w.http.CloseIdleConnections()
 	defer w.stopAll()
-	for wait := time.Duration(0); ; wait = min(2*wait+100*time.Millisecond, 5*time.Second) {
+	for wait := time.Duration(0); ; wait = min(2*wait+100*time.Millisecond, maxRedial) {
 		began := time.Now()
 		err := w.connect(ctx)
 		if ctx.Err() != nil {
@@ -101,7 +105,7 @@ func (w *Worker) Run(ctx context.Context) error {
 		if refused := (*refusal)(nil); errors.As(err, &refused) {
 			return fmt.Errorf("the schedulers refuse this worker: %w", refused.err)
 		}
-		if time.Since(began) > time.Minute {
+		if time.Since(began) > maxRedial {
 			wait = 0 // it was a good session; dial again at once
 		}
 		// During an election two schedulers may each name the other.
@@ -117,6 +121,9 @@ func (w *Worker) Run(ctx context.Context) error {
 		}
 	}
 }
+
+// maxRedial is the longest pause between two dials.
+const maxRedial = 5 * time.Second
 
 // stopAll ends what still runs and waits until nothing of it is left.
 func (w *Worker) stopAll() {
@@ -137,13 +144,28 @@ func (w *Worker) cleanUp(ctx context.Context) error {
 			w.Logger.Info("removed what an earlier process left behind", "runtime", name, "containers", n)
 		}
 	}
-	if err := os.RemoveAll(w.attemptsDir()); err != nil {
+	if err := removeTree(w.attemptsDir()); err != nil {
 		return fmt.Errorf("cleaning up after an earlier run: %w", err)
 	}
 	if err := os.MkdirAll(w.attemptsDir(), 0o700); err != nil {
 		return fmt.Errorf("worker directory: %w", err)
 	}
 	return nil
+}
+
+// removeTree removes a directory even where a job took away the right to.
+func removeTree(dir string) error {
+	if os.RemoveAll(dir) == nil {
+		return nil
+	}
+	// What can't be changed is named by the second attempt.
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, _ error) error {
+		if d != nil && d.IsDir() {
+			return os.Chmod(path, 0o700)
+		}
+		return nil
+	})
+	return os.RemoveAll(dir)
 }
 
 func (w *Worker) attemptsDir() string { return filepath.Join(w.Dir, "attempts") }
