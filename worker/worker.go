@@ -237,7 +237,7 @@ func deviceMessage(d gpu.Device) *musterpb.Device {
 	return &musterpb.Device{
 		Index: uint32(d.Index), Uuid: d.UUID, Name: d.Name, MemoryBytes: d.MemoryBytes, ComputeCapability: d.ComputeCapability,
 		Architecture: d.Architecture, Driver: d.Driver, Mig: d.MIG, TemperatureCelsius: value(d.TemperatureC),
-		PowerMilliwatts: value(d.PowerMilliwatts), UtilizationPercent: value(d.UtilizationPercent), Unhealthy: d.Unhealthy,
+		PowerMilliwatts: value(d.PowerMilliwatts), UtilizationPercent: value(d.UtilizationPercent), Unhealthy: d.Unhealthy, ParentUuid: d.ParentUUID,
 	}
 }
 
