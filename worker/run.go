@@ -126,6 +126,13 @@ func (w *Worker) image(ctx context.Context, m *musterpb.Image) (container.Runtim
 		}
 		image.Ref, image.Archive, release = "", path, done
 	}
+	unpin, err := w.images.use(ctx, name, image, m.SizeBytes)
+	if err != nil {
+		release()
+		return nil, image, nil, err
+	}
+	releaseBlob := release
+	release = func() { unpin(); releaseBlob() }
 	if err := rt.Ensure(ctx, image); err != nil {
 		release()
 		switch api.KindOf(err) {

@@ -52,10 +52,11 @@ type Config struct {
 // Worker is one worker. Run runs it.
 type Worker struct {
 	Config
-	id    string
-	http  *http.Client
-	blobs *blob.HTTP
-	cache *blob.Cache
+	id     string
+	http   *http.Client
+	blobs  *blob.HTTP
+	cache  *blob.Cache
+	images *images
 
 	mu         sync.Mutex
 	runs       map[string]*run // guarded by mu; by attempt, until the schedulers know how it ended
@@ -94,6 +95,10 @@ func (w *Worker) Run(ctx context.Context) error {
 		return err
 	}
 	w.cache = cache
+	w.images, err = openImages(filepath.Join(w.Dir, "images.json"), w.CacheBytes, w.forgetImage)
+	if err != nil {
+		return err
+	}
 	defer w.http.CloseIdleConnections()
 	defer w.stopAll()
 	for wait := time.Duration(0); ; wait = min(2*wait+100*time.Millisecond, maxRedial) {
@@ -131,6 +136,20 @@ func (w *Worker) stopAll() {
 		w.forget(id, "the worker stops")
 	}
 	w.attempts.Wait()
+}
+
+// forgetImage drops an image from a runtime. One of a runtime that this worker
+// does not have any more is out of its reach.
+func (w *Worker) forgetImage(ctx context.Context, name string, image container.Image) error {
+	rt := w.Runtimes[name]
+	if rt == nil {
+		return nil
+	}
+	if err := rt.Forget(ctx, image); err != nil {
+		w.Logger.Warn("an image could not be removed", "digest", image.Digest, "err", err)
+		return err
+	}
+	return nil
 }
 
 // cleanUp removes what an earlier process of this worker left behind.
