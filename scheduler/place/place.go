@@ -28,6 +28,8 @@ type Worker struct {
 	FreeMemoryBytes int64
 	FreeDiskBytes   int64
 	UsedDevices     map[string]bool
+
+	takes int // how often Take was called
 }
 
 // NewWorker is a worker with everything free.
@@ -41,6 +43,7 @@ func NewWorker(w *musterpb.Worker, connected bool, cached func(string) bool) *Wo
 
 // Take subtracts what an attempt uses.
 func (w *Worker) Take(r *musterpb.Resources, devices []string) {
+	w.takes++
 	w.FreeMilliCPUs -= r.GetMilliCpus()
 	w.FreeMemoryBytes -= r.GetMemoryBytes()
 	w.FreeDiskBytes -= r.GetDiskBytes()
@@ -102,26 +105,48 @@ func Plan(in *Input) []Placement {
 // planner is one run of Plan.
 type planner struct {
 	in    *Input
-	byJob map[string][]candidate // what never changes during the run, computed when a job has its first turn
+	byJob map[string][]candidate // made when a job has its first turn
 }
 
-// candidate is a worker that suits a job, when it is free.
+// candidate is a worker that suits a job, when it is free. Most workers are
+// looked at for every task and taken for few, so what follows from their free
+// resources is kept until they are taken.
 type candidate struct {
 	*Worker
-	missing int   // of image and inputs, not in the worker's cache
-	unsure  int64 // how unreliable, in steps of 10%
+	score      // for a task that avoids nobody
+	busy  bool // can't take an attempt of the job now
+	asOf  int  // Worker.takes that score and busy are as of; -1 is never
 }
 
-func (p *planner) candidates(job *musterpb.Job) []candidate {
-	list, ok := p.byJob[job.Id]
+// refresh brings busy and score up to date.
+func (c *candidate) refresh(nowUnixMS int64, job *musterpb.Job) {
+	if c.asOf == c.takes {
+		return
+	}
+	c.asOf = c.takes
+	if c.busy = rejectNow(nowUnixMS, job.Spec, "", c.Worker) != nil; c.busy {
+		return
+	}
+	// Best fit: the worker that this leaves fullest. GPUs are what is scarce.
+	if n := job.Spec.Resources.GetGpus(); n > 0 {
+		c.spare = int64(len(suitable(&musterpb.Resources{}, c.Worker, true))) - int64(n)
+	} else {
+		c.spare = c.FreeMilliCPUs
+	}
+}
+
+func (plan *planner) candidates(job *musterpb.Job) []candidate {
+	list, ok := plan.byJob[job.Id]
 	if !ok {
 		digests := cacheable(job.Spec)
-		for _, w := range p.in.Workers {
+		for _, w := range plan.in.Workers {
 			if rejectJob(job, w) == nil {
-				list = append(list, candidate{Worker: w, missing: missing(digests, w), unsure: unsure(w)})
+				list = append(list, candidate{Worker: w, asOf: -1, score: score{
+					unsure: unsure(w), price: w.PriceMicroUsdPerHour, missing: missing(digests, w), id: w.Id,
+				}})
 			}
 		}
-		p.byJob[job.Id] = list
+		plan.byJob[job.Id] = list
 	}
 	return list
 }
@@ -216,14 +241,20 @@ func (plan *planner) next(q *queue) (Placement, bool) {
 	return Placement{}, false
 }
 
-func (p *planner) placeTask(job *musterpb.Job, task *musterpb.Task) (Placement, bool) {
+func (plan *planner) placeTask(job *musterpb.Job, task *musterpb.Task) (Placement, bool) {
 	var best *Worker
 	var bestScore score
-	for _, c := range p.candidates(job) {
-		if rejectNow(p.in.NowUnixMS, job.Spec, "", c.Worker) != nil {
+	list := plan.candidates(job)
+	for i := range list {
+		c := &list[i]
+		if c.refresh(plan.in.NowUnixMS, job); c.busy {
 			continue
 		}
-		if s := rank(job, task, c); best == nil || s.better(bestScore) {
+		s := c.score
+		if slices.Contains(task.AvoidOwners, c.Owner) {
+			s.avoided = 1
+		}
+		if best == nil || s.better(&bestScore) {
 			best, bestScore = c.Worker, s
 		}
 	}
@@ -326,32 +357,28 @@ func pickDevices(spec *musterpb.JobSpec, w *Worker, class string, free bool) []*
 
 // score orders workers for a task; smaller is better, field by field.
 type score struct {
-	avoided int // the owner failed this task before
-	unsure  int64
+	avoided int   // the owner failed this task before
+	unsure  int64 // how unreliable, in steps of 10%
 	price   int64
-	missing int
+	missing int   // of image and inputs, not in the worker's cache
 	spare   int64 // what is left over of it: GPUs, or milli-CPUs
 	id      string
 }
 
-func (s score) better(o score) bool {
-	return cmp.Or(
-		cmp.Compare(s.avoided, o.avoided), cmp.Compare(s.unsure, o.unsure), cmp.Compare(s.price, o.price),
-		cmp.Compare(s.missing, o.missing), cmp.Compare(s.spare, o.spare), cmp.Compare(s.id, o.id)) < 0
-}
-
-func rank(job *musterpb.Job, task *musterpb.Task, w candidate) score {
-	s := score{unsure: w.unsure, price: w.PriceMicroUsdPerHour, missing: w.missing, id: w.Id}
-	if slices.Contains(task.AvoidOwners, w.Owner) {
-		s.avoided = 1
+func (s *score) better(o *score) bool {
+	switch {
+	case s.avoided != o.avoided:
+		return s.avoided < o.avoided
+	case s.unsure != o.unsure:
+		return s.unsure < o.unsure
+	case s.price != o.price:
+		return s.price < o.price
+	case s.missing != o.missing:
+		return s.missing < o.missing
+	case s.spare != o.spare:
+		return s.spare < o.spare
 	}
-	// Best fit: the worker that this leaves fullest. GPUs are what is scarce.
-	if n := job.Spec.Resources.GetGpus(); n > 0 {
-		s.spare = int64(len(suitable(&musterpb.Resources{}, w.Worker, true))) - int64(n)
-	} else {
-		s.spare = w.FreeMilliCPUs
-	}
-	return s
+	return s.id < o.id
 }
 
 // Class is the hardware class of an attempt: results of one class can be
