@@ -18,35 +18,54 @@ func because(one, many string, args ...any) *reason {
 	return &reason{fmt.Sprintf(one, args...), fmt.Sprintf(many, args...)}
 }
 
+// What is often the reason, and needs no words made for it.
+var (
+	notConnected = because("is not connected", "are not connected")
+	draining     = because("is draining", "are draining")
+	resting      = because("is paused after failures", "are paused after failures")
+	busy         = because("is busy", "are busy")
+	hasPart      = because("belongs to an owner whose results are being compared", "belong to owners whose results are being compared")
+)
+
 // reject is the first constraint that a worker fails, nil when it can run the
 // attempt now. run is nil for work. What can't change comes before what can,
 // so that the reason given is the one that matters most.
 func reject(nowUnixMS int64, job *musterpb.Job, run *state.WantedRun, w *Worker) *reason {
-	if r := rejectEver(job, run, w); r != nil {
+	if r := rejectJob(job, w); r != nil {
 		return r
 	}
-	return rejectNow(nowUnixMS, job.Spec.Resources, w)
+	return rejectAttempt(nowUnixMS, job, run, w)
 }
 
-// rejectEver leaves out what changes by itself, when other work ends.
-func rejectEver(job *musterpb.Job, run *state.WantedRun, w *Worker) *reason {
+// rejectJob is what keeps a worker from every attempt of a job. Nothing of it
+// changes while Plan runs.
+func rejectJob(job *musterpb.Job, w *Worker) *reason {
 	if !w.Connected {
-		return because("is not connected", "are not connected")
+		return notConnected
 	}
 	if w.Draining {
-		return because("is draining", "are draining")
+		return draining
 	}
-	for _, check := range []func() *reason{
-		func() *reason { return rejectImage(job.Spec, w) },
-		func() *reason { return rejectDevices(job.Spec.Resources, w) },
-		func() *reason { return rejectMachine(job.Spec, w) },
-		func() *reason { return rejectChecker(job.Spec, run, w) },
-	} {
-		if r := check(); r != nil {
-			return r
-		}
+	if r := rejectImage(job.Spec, w); r != nil {
+		return r
 	}
-	return nil
+	if r := rejectDevices(job.Spec.Resources, w); r != nil {
+		return r
+	}
+	return rejectMachine(job.Spec, w)
+}
+
+// rejectAttempt is what keeps a worker that suits the job from one attempt of
+// it now.
+func rejectAttempt(nowUnixMS int64, job *musterpb.Job, run *state.WantedRun, w *Worker) *reason {
+	if r := rejectChecker(job.Spec, run, w); r != nil {
+		return r
+	}
+	class := ""
+	if run != nil {
+		class = run.Class
+	}
+	return rejectNow(nowUnixMS, job.Spec, class, w)
 }
 
 func rejectImage(spec *musterpb.JobSpec, w *Worker) *reason {
@@ -75,22 +94,22 @@ func rejectDevices(r *musterpb.Resources, w *Worker) *reason {
 	if n == 0 {
 		return nil
 	}
+	if alike(r, w, false) >= n {
+		return nil
+	}
 	only := &musterpb.Resources{Gpus: r.Gpus}
-	if have := len(suitable(only, w, false)); have == 0 {
+	if have := alike(only, w, false); have == 0 {
 		return because("has no GPU", "have no GPU")
 	} else if have < n {
-		return because("has fewer than %d GPUs", "have fewer than %d GPUs", n)
+		return because("has fewer than %d GPUs of one kind", "have fewer than %d GPUs of one kind", n)
 	}
-	if only.GpuModels = r.GpuModels; len(suitable(only, w, false)) < n {
+	if only.GpuModels = r.GpuModels; alike(only, w, false) < n {
 		return because("has no %s", "have no %s", strings.Join(r.GpuModels, " or "))
 	}
-	if only.MinVramBytes = r.MinVramBytes; len(suitable(only, w, false)) < n {
+	if only.MinVramBytes = r.MinVramBytes; alike(only, w, false) < n {
 		return because("has less than %s VRAM", "have less than %s VRAM", Bytes(r.MinVramBytes))
 	}
-	if len(suitable(r, w, false)) < n {
-		return because("is below compute capability %s", "are below compute capability %s", r.MinComputeCapability)
-	}
-	return nil
+	return because("is below compute capability %s", "are below compute capability %s", r.MinComputeCapability)
 }
 
 func rejectMachine(spec *musterpb.JobSpec, w *Worker) *reason {
@@ -117,44 +136,65 @@ func rejectChecker(spec *musterpb.JobSpec, run *state.WantedRun, w *Worker) *rea
 	}
 	for _, party := range run.Parties {
 		if party.Worker == w.Id || (party.Owner == w.Owner && !spec.Verify.SameOwner) {
-			return because("belongs to an owner whose results are being compared", "belong to owners whose results are being compared")
+			return hasPart
 		}
 	}
-	if class := Class(spec, w.Worker, suitable(spec.Resources, w, false)[:spec.Resources.GetGpus()]); class != run.Class {
+	if devices := pickDevices(spec, w, run.Class, false); devices == nil || Class(spec, w.Worker, devices) != run.Class {
 		return because("is not of hardware class %s", "are not of hardware class %s", run.Class)
 	}
 	return nil
 }
 
-// rejectNow is what changes by itself.
-func rejectNow(nowUnixMS int64, r *musterpb.Resources, w *Worker) *reason {
+// rejectNow is what changes by itself. class is that of the devices, where it
+// matters.
+func rejectNow(nowUnixMS int64, spec *musterpb.JobSpec, class string, w *Worker) *reason {
+	r := spec.Resources
 	switch {
 	case w.BackoffUntilUnixMs > nowUnixMS:
-		return because("is paused after failures", "are paused after failures")
+		return resting
 	case w.FreeMilliCPUs < r.GetMilliCpus(), w.FreeMemoryBytes < r.GetMemoryBytes(), w.FreeDiskBytes < r.GetDiskBytes(),
-		len(suitable(r, w, true)) < int(r.GetGpus()):
-		return because("is busy", "are busy")
+		pickDevices(spec, w, class, true) == nil:
+		return busy
 	}
 	return nil
+}
+
+// suits reports whether a device satisfies r.
+func suits(r *musterpb.Resources, d *musterpb.Device) bool {
+	switch {
+	case d.Unhealthy != "" || d.Mig == "enabled": // a split GPU works through its slices
+		return false
+	case len(r.GetGpuModels()) > 0 && !slices.ContainsFunc(r.GpuModels, func(m string) bool {
+		return strings.Contains(strings.ToLower(d.Name), strings.ToLower(m))
+	}):
+		return false
+	case d.MemoryBytes < uint64(max(r.GetMinVramBytes(), 0)):
+		return false
+	}
+	return r.GetMinComputeCapability() == "" || !lessVersion(d.ComputeCapability, r.MinComputeCapability)
 }
 
 // suitable are the devices that satisfy r; with free, only those not in use.
 func suitable(r *musterpb.Resources, w *Worker, free bool) []*musterpb.Device {
 	var fit []*musterpb.Device
 	for _, d := range w.Capacity.GetDevices() {
-		switch {
-		case d.Unhealthy != "" || d.Mig == "enabled": // a split GPU works through its slices
-		case free && w.UsedDevices[d.Uuid]:
-		case len(r.GetGpuModels()) > 0 && !slices.ContainsFunc(r.GpuModels, func(m string) bool {
-			return strings.Contains(strings.ToLower(d.Name), strings.ToLower(m))
-		}):
-		case d.MemoryBytes < uint64(max(r.GetMinVramBytes(), 0)):
-		case r.GetMinComputeCapability() != "" && lessVersion(d.ComputeCapability, r.MinComputeCapability):
-		default:
+		if suits(r, d) && !(free && w.UsedDevices[d.Uuid]) {
 			fit = append(fit, d)
 		}
 	}
 	return fit
+}
+
+// alike is how many devices of one hardware class satisfy r. An attempt never
+// mixes classes: nobody else could check its result.
+func alike(r *musterpb.Resources, w *Worker, free bool) (most int) {
+	counts := map[string]int{}
+	for _, d := range suitable(r, w, free) {
+		class := deviceClass(d)
+		counts[class]++
+		most = max(most, counts[class])
+	}
+	return most
 }
 
 // lessVersion compares "major.minor".

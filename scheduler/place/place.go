@@ -28,6 +28,8 @@ type Worker struct {
 	FreeMemoryBytes int64
 	FreeDiskBytes   int64
 	UsedDevices     map[string]bool
+
+	takes int // how often Take was called
 }
 
 // NewWorker is a worker with everything free.
@@ -41,6 +43,7 @@ func NewWorker(w *musterpb.Worker, connected bool, cached func(string) bool) *Wo
 
 // Take subtracts what an attempt uses.
 func (w *Worker) Take(r *musterpb.Resources, devices []string) {
+	w.takes++
 	w.FreeMilliCPUs -= r.GetMilliCpus()
 	w.FreeMemoryBytes -= r.GetMemoryBytes()
 	w.FreeDiskBytes -= r.GetDiskBytes()
@@ -73,13 +76,14 @@ type Input struct {
 	Max int
 }
 
-// Plan decides placements. It takes the resources of each from in.Workers and
-// adds to in.Usage.
+// Plan decides placements. It takes the resources of each from in.Workers, uses
+// up in.Work, and adds to in.Usage.
 //
 // The account that uses least goes first, one attempt at a time (max-min
 // fairness); within an account the jobs of highest priority, oldest first;
 // within a job its checks before its tasks, since they let owners be paid.
 func Plan(in *Input) []Placement {
+	plan := &planner{in: in, byJob: map[string][]candidate{}}
 	queues := queuesByAccount(in.Work)
 	var out []Placement
 	for len(out) < in.Max {
@@ -87,7 +91,7 @@ func Plan(in *Input) []Placement {
 		if account == "" {
 			break
 		}
-		p, ok := next(in, queues[account])
+		p, ok := plan.next(queues[account])
 		if !ok {
 			delete(queues, account)
 			continue
@@ -97,6 +101,85 @@ func Plan(in *Input) []Placement {
 	}
 	return out
 }
+
+// planner is one run of Plan.
+type planner struct {
+	in    *Input
+	byJob map[string][]candidate // made when a job has its first turn
+}
+
+// candidate is a worker that suits a job, when it is free. Most workers are
+// looked at for every task and taken for few, so what follows from their free
+// resources is kept until they are taken.
+type candidate struct {
+	*Worker
+	score      // for a task that avoids nobody
+	busy  bool // can't take an attempt of the job now
+	asOf  int  // Worker.takes that score and busy are as of; -1 is never
+}
+
+// refresh brings busy and score up to date.
+func (c *candidate) refresh(nowUnixMS int64, job *musterpb.Job) {
+	if c.asOf == c.takes {
+		return
+	}
+	c.asOf = c.takes
+	if c.busy = rejectNow(nowUnixMS, job.Spec, "", c.Worker) != nil; c.busy {
+		return
+	}
+	// Best fit: the worker that this leaves fullest. GPUs are what is scarce.
+	if n := job.Spec.Resources.GetGpus(); n > 0 {
+		c.spare = int64(len(suitable(&musterpb.Resources{}, c.Worker, true))) - int64(n)
+	} else {
+		c.spare = c.FreeMilliCPUs
+	}
+}
+
+func (plan *planner) candidates(job *musterpb.Job) []candidate {
+	list, ok := plan.byJob[job.Id]
+	if !ok {
+		digests := cacheable(job.Spec)
+		for _, w := range plan.in.Workers {
+			if rejectJob(job, w) == nil {
+				list = append(list, candidate{Worker: w, asOf: -1, score: score{
+					unsure: unsure(w), price: w.PriceMicroUsdPerHour, missing: missing(digests, w), id: w.Id,
+				}})
+			}
+		}
+		plan.byJob[job.Id] = list
+	}
+	return list
+}
+
+// maxCacheable bounds how many inputs of a job decide where it runs.
+const maxCacheable = 16
+
+// cacheable are the digests of the image and of the largest inputs: those that
+// take long to fetch.
+func cacheable(spec *musterpb.JobSpec) []string {
+	inputs := slices.Clone(spec.Inputs)
+	slices.SortStableFunc(inputs, func(a, b *musterpb.Input) int { return cmp.Compare(b.SizeBytes, a.SizeBytes) })
+	digests := []string{spec.Image.GetDigest()}
+	for _, in := range inputs[:min(maxCacheable, len(inputs))] {
+		digests = append(digests, in.Digest)
+	}
+	return digests
+}
+
+func missing(digests []string, w *Worker) (n int) {
+	if w.Cached == nil {
+		return len(digests)
+	}
+	for _, d := range digests {
+		if !w.Cached(d) {
+			n++
+		}
+	}
+	return n
+}
+
+// unsure counts a worker without a history as one that failed 1 of 10.
+func unsure(w *Worker) int64 { return int64((w.Failed*10 + 10) / (w.Finished + w.Failed + 10)) }
 
 // queue is the work of one account, best first; what was placed or can't be
 // placed is cut off its front.
@@ -131,12 +214,12 @@ func leastUsed(queues map[string]*queue, usage map[string]int64) string {
 }
 
 // next places the best request of a queue that can be placed.
-func next(in *Input, q *queue) (Placement, bool) {
+func (plan *planner) next(q *queue) (Placement, bool) {
 	for len(q.work) > 0 {
 		w := &q.work[0]
 		for len(w.Checks) > 0 {
 			run := &w.Checks[0]
-			p, ok := placeRun(in, w.Job, run)
+			p, ok := plan.placeRun(w.Job, run)
 			if run.Runs--; !ok || run.Runs == 0 {
 				w.Checks = w.Checks[1:]
 			}
@@ -147,10 +230,10 @@ func next(in *Input, q *queue) (Placement, bool) {
 		for len(w.Tasks) > 0 {
 			task := w.Tasks[0]
 			w.Tasks = w.Tasks[1:]
-			if awaitsOwner(in, w.Job, task) {
+			if plan.awaitsOwner(w.Job, task) {
 				continue
 			}
-			if p, ok := placeTask(in, w.Job, task); ok {
+			if p, ok := plan.placeTask(w.Job, task); ok {
 				return p, true
 			}
 			// The tasks of a job want the same: where one finds no place, none does.
@@ -161,15 +244,21 @@ func next(in *Input, q *queue) (Placement, bool) {
 	return Placement{}, false
 }
 
-func placeTask(in *Input, job *musterpb.Job, task *musterpb.Task) (Placement, bool) {
+func (plan *planner) placeTask(job *musterpb.Job, task *musterpb.Task) (Placement, bool) {
 	var best *Worker
 	var bestScore score
-	for _, w := range in.Workers {
-		if reject(in.NowUnixMS, job, nil, w) != nil {
+	list := plan.candidates(job)
+	for i := range list {
+		c := &list[i]
+		if c.refresh(plan.in.NowUnixMS, job); c.busy {
 			continue
 		}
-		if s := rank(job, task, w); best == nil || s.better(bestScore) {
-			best, bestScore = w, s
+		s := c.score
+		if slices.Contains(task.AvoidOwners, c.Owner) {
+			s.avoided = 1
+		}
+		if best == nil || s.better(&bestScore) {
+			best, bestScore = c.Worker, s
 		}
 	}
 	if best == nil {
@@ -181,39 +270,42 @@ func placeTask(in *Input, job *musterpb.Job, task *musterpb.Task) (Placement, bo
 // awaitsOwner reports whether a task that failed should wait for another owner
 // who is only busy. The same owner again would burn a retry, and could not show
 // that the job is at fault: for that it has to fail in the same way elsewhere.
-func awaitsOwner(in *Input, job *musterpb.Job, task *musterpb.Task) bool {
+func (plan *planner) awaitsOwner(job *musterpb.Job, task *musterpb.Task) bool {
 	if task.Failures == 0 {
 		return false
 	}
-	busy := false
-	for _, w := range in.Workers {
-		if slices.Contains(task.AvoidOwners, w.Owner) {
+	waits := false
+	list := plan.candidates(job)
+	for i := range list {
+		c := &list[i]
+		if slices.Contains(task.AvoidOwners, c.Owner) {
 			continue
 		}
-		if reject(in.NowUnixMS, job, nil, w) == nil {
+		if c.refresh(plan.in.NowUnixMS, job); !c.busy {
 			return false
 		}
-		busy = busy || rejectEver(job, nil, w) == nil
+		waits = true
 	}
-	return busy
+	return waits
 }
 
 // placeRun draws a checker among those that could run now, by a lottery that
 // follows from the seed of the target's batch. Owners who tried before and did
 // not deliver draw only where nobody else does.
-func placeRun(in *Input, job *musterpb.Job, run *state.WantedRun) (Placement, bool) {
+func (plan *planner) placeRun(job *musterpb.Job, run *state.WantedRun) (Placement, bool) {
 	if run.Unpaid != "" {
 		return Placement{}, false
 	}
 	var seed []byte
-	if in.Seed != nil {
-		seed = in.Seed(run.Parties[0].Batch)
+	if plan.in.Seed != nil {
+		seed = plan.in.Seed(run.Parties[0].Batch)
 	}
 	var best *Worker
 	var bestTried bool
 	var bestLot uint64
-	for _, w := range in.Workers {
-		if reject(in.NowUnixMS, job, run, w) != nil {
+	for _, c := range plan.candidates(job) {
+		w := c.Worker
+		if rejectAttempt(plan.in.NowUnixMS, job, run, w) != nil {
 			continue
 		}
 		tried, lot := slices.Contains(run.Tried, w.Owner), checkerLot(seed, run.Check.Id, w.Id)
@@ -224,7 +316,7 @@ func placeRun(in *Input, job *musterpb.Job, run *state.WantedRun) (Placement, bo
 	if best == nil {
 		return Placement{}, false
 	}
-	p := take(job, run.Parties[0].Task, run.Check, best)
+	p := take(job, run.Parties[0].Task, run, best)
 	run.Parties = append(slices.Clip(run.Parties), &musterpb.Attempt{Worker: best.Id, Owner: best.Owner})
 	if slices.ContainsFunc(run.Parties[:len(run.Parties)-1], func(a *musterpb.Attempt) bool { return a.Owner == best.Owner }) {
 		p.Relaxed = "checked by another worker of the same owner, as verify.same_owner allows"
@@ -238,8 +330,14 @@ func checkerLot(seed []byte, check, worker string) uint64 {
 	return binary.BigEndian.Uint64(mac.Sum(nil))
 }
 
-func take(job *musterpb.Job, task uint32, check *musterpb.Check, w *Worker) Placement {
-	devices := pickDevices(job.Spec.Resources, w)
+// take books a worker that was not rejected.
+func take(job *musterpb.Job, task uint32, run *state.WantedRun, w *Worker) Placement {
+	var check *musterpb.Check
+	class := ""
+	if run != nil {
+		check, class = run.Check, run.Class
+	}
+	devices := pickDevices(job.Spec, w, class, true)
 	uuids := make([]string, len(devices))
 	for i, d := range devices {
 		uuids[i] = d.Uuid
@@ -249,13 +347,37 @@ func take(job *musterpb.Job, task uint32, check *musterpb.Check, w *Worker) Plac
 }
 
 // pickDevices takes the smallest devices that will do, so that the big ones
-// stay for jobs that need them.
-func pickDevices(r *musterpb.Resources, w *Worker) []*musterpb.Device {
-	fit := suitable(r, w, true)
+// stay for jobs that need them: all of one class, and of the given one unless
+// that is empty. Nil is that there are not enough; a job without GPUs gets an
+// empty list.
+func pickDevices(spec *musterpb.JobSpec, w *Worker, class string, free bool) []*musterpb.Device {
+	n := int(spec.Resources.GetGpus())
+	if n == 0 {
+		return []*musterpb.Device{}
+	}
+	if spec.Image.GetKind() == musterpb.ImageKind_IMAGE_KIND_WASM {
+		class = "" // the same bits on every machine
+	}
+	fit := suitable(spec.Resources, w, free)
 	slices.SortStableFunc(fit, func(a, b *musterpb.Device) int {
 		return cmp.Or(cmp.Compare(a.MemoryBytes, b.MemoryBytes), cmp.Compare(a.Index, b.Index))
 	})
-	return fit[:r.GetGpus()]
+	for i, first := range fit {
+		of := deviceClass(first)
+		if class != "" && of != class {
+			continue
+		}
+		group := make([]*musterpb.Device, 0, n)
+		for _, d := range fit[i:] {
+			if len(group) < n && deviceClass(d) == of {
+				group = append(group, d)
+			}
+		}
+		if len(group) == n {
+			return group
+		}
+	}
+	return nil
 }
 
 // score orders workers for a task; smaller is better, field by field.
@@ -263,41 +385,25 @@ type score struct {
 	avoided int   // the owner failed this task before
 	unsure  int64 // how unreliable, in steps of 10%
 	price   int64
-	missing int // of image and inputs, not in the worker's cache
-	spare   int64
+	missing int   // of image and inputs, not in the worker's cache
+	spare   int64 // what is left over of it: GPUs, or milli-CPUs
 	id      string
 }
 
-func (s score) better(o score) bool {
-	return cmp.Or(
-		cmp.Compare(s.avoided, o.avoided), cmp.Compare(s.unsure, o.unsure), cmp.Compare(s.price, o.price),
-		cmp.Compare(s.missing, o.missing), cmp.Compare(s.spare, o.spare), cmp.Compare(s.id, o.id)) < 0
-}
-
-func rank(job *musterpb.Job, task *musterpb.Task, w *Worker) score {
-	s := score{price: w.PriceMicroUsdPerHour, id: w.Id}
-	if slices.Contains(task.AvoidOwners, w.Owner) {
-		s.avoided = 1
+func (s *score) better(o *score) bool {
+	switch {
+	case s.avoided != o.avoided:
+		return s.avoided < o.avoided
+	case s.unsure != o.unsure:
+		return s.unsure < o.unsure
+	case s.price != o.price:
+		return s.price < o.price
+	case s.missing != o.missing:
+		return s.missing < o.missing
+	case s.spare != o.spare:
+		return s.spare < o.spare
 	}
-	// A worker without a history counts as one that failed 1 of 10.
-	s.unsure = int64((w.Failed*10 + 10) / (w.Finished + w.Failed + 10))
-	if w.Cached != nil {
-		if !w.Cached(job.Spec.Image.GetDigest()) {
-			s.missing++
-		}
-		for _, in := range job.Spec.Inputs {
-			if !w.Cached(in.Digest) {
-				s.missing++
-			}
-		}
-	}
-	// Best fit: the worker that this leaves fullest. GPUs are what is scarce.
-	if n := job.Spec.Resources.GetGpus(); n > 0 {
-		s.spare = int64(len(suitable(&musterpb.Resources{}, w, true))) - int64(n)
-	} else {
-		s.spare = w.FreeMilliCPUs
-	}
-	return s
+	return s.id < o.id
 }
 
 // Class is the hardware class of an attempt: results of one class can be
@@ -309,6 +415,11 @@ func Class(spec *musterpb.JobSpec, w *musterpb.Worker, devices []*musterpb.Devic
 	if len(devices) == 0 {
 		return "cpu/" + w.Capacity.GetPlatform()
 	}
-	branch, _, _ := strings.Cut(devices[0].Driver, ".")
-	return devices[0].Architecture + "/" + branch
+	return deviceClass(devices[0])
+}
+
+// deviceClass is the architecture and the driver's branch.
+func deviceClass(d *musterpb.Device) string {
+	branch, _, _ := strings.Cut(d.Driver, ".")
+	return d.Architecture + "/" + branch
 }
