@@ -6,6 +6,7 @@
 package replica
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -45,7 +46,19 @@ type Config struct {
 	Bootstrap bool
 	// ElectionTimeout is how long a silent leader is followed; 0 is one second.
 	ElectionTimeout time.Duration
-	Logger          *slog.Logger
+	// Snapshots says when the log is replaced by a snapshot.
+	Snapshots Snapshots
+	Logger    *slog.Logger
+
+	segmentBytes int // of the log's files; 0 is the log's own default, 64 MiB
+}
+
+// Snapshots says when the log is replaced by a snapshot; a field that is 0 has
+// its default.
+type Snapshots struct {
+	Threshold uint64        // entries since the last one; 16,384
+	Interval  time.Duration // how often that is looked at; about 2 min
+	Trailing  uint64        // entries that are kept for followers that lag; 10,240
 }
 
 // Replica is one member of the Raft group. All methods are safe for
@@ -58,9 +71,12 @@ type Replica struct {
 	logger    *slog.Logger
 	queue     chan *proposal
 	inFlight  chan flight
-	done      chan struct{} // closed by Close
+	reads     chan chan error // who waits for a confirmation of the lead
+	done      chan struct{}   // closed by Close
+	closing   sync.Once
+	closeErr  error // set under closing
 	wg        sync.WaitGroup
-	ready     atomic.Bool // this node leads, and has applied all that came before
+	ready     atomic.Uint64 // the term that this node leads, having applied all that came before; 0 is none
 }
 
 type proposal struct {
@@ -85,7 +101,7 @@ func Open(cfg Config, st *state.State) (_ *Replica, err error) {
 	}
 	r := &Replica{
 		state: st, logger: cfg.Logger, queue: make(chan *proposal, maxQueued),
-		inFlight: make(chan flight, maxInFlight), done: make(chan struct{}),
+		inFlight: make(chan flight, maxInFlight), reads: make(chan chan error), done: make(chan struct{}),
 	}
 	defer func() {
 		if err != nil {
@@ -93,7 +109,7 @@ func Open(cfg Config, st *state.State) (_ *Replica, err error) {
 		}
 	}()
 	hlog := hclog.New(&hclog.LoggerOptions{Name: "raft", Level: hclog.Warn, Output: logWriter{cfg.Logger}, DisableTime: true})
-	if r.log, err = wal.Open(filepath.Join(cfg.Dir, "wal"), wal.WithLogger(hlog)); err != nil {
+	if r.log, err = wal.Open(filepath.Join(cfg.Dir, "wal"), wal.WithLogger(hlog), wal.WithSegmentSize(cmp.Or(cfg.segmentBytes, wal.DefaultSegmentSize))); err != nil {
 		return nil, fmt.Errorf("opening the log in %s: %w", cfg.Dir, err)
 	}
 	cache, err := raft.NewLogCache(1024, r.log)
@@ -123,9 +139,9 @@ func Open(cfg Config, st *state.State) (_ *Replica, err error) {
 	if r.raft, err = raft.NewRaft(conf, (*fsm)(st), cache, r.log, snapshots, r.transport); err != nil {
 		return nil, fmt.Errorf("starting raft: %w", err)
 	}
-	r.wg.Add(2)
-	go r.group()
-	go r.answer()
+	r.wg.Go(r.group)
+	r.wg.Go(r.answer)
+	r.wg.Go(r.verify)
 	return r, nil
 }
 
@@ -157,7 +173,9 @@ func raftConfig(cfg Config, hlog hclog.Logger) *raft.Config {
 	// How late an idle follower learns of a commit: it has to reveal soon.
 	c.CommitTimeout = 10 * time.Millisecond
 	c.MaxAppendEntries = 256
-	c.SnapshotThreshold = 16384
+	c.SnapshotThreshold = cmp.Or(cfg.Snapshots.Threshold, 16384)
+	c.SnapshotInterval = cmp.Or(cfg.Snapshots.Interval, c.SnapshotInterval)
+	c.TrailingLogs = cmp.Or(cfg.Snapshots.Trailing, c.TrailingLogs)
 	return c
 }
 
@@ -188,7 +206,6 @@ var errStopped = &api.Error{Kind: api.Unavailable, Msg: "this scheduler is stopp
 // committed before it hands over the next, so the disk and the network stay
 // busy while commands gather.
 func (r *Replica) group() {
-	defer r.wg.Done()
 	defer close(r.inFlight)
 	for {
 		select {
@@ -231,7 +248,6 @@ func (r *Replica) gather(first *proposal) ([]*proposal, *musterpb.Entry) {
 }
 
 func (r *Replica) answer() {
-	defer r.wg.Done()
 	for f := range r.inFlight {
 		if err := f.future.Error(); err != nil {
 			answerAll(f.batch, notLeading(err))
@@ -261,10 +277,15 @@ func notLeading(err error) error {
 // Run calls lead whenever this node has become the leader and has applied
 // everything that was committed before. lead's context ends when the
 // leadership does, and Run waits for lead to return before it goes on.
+//
+// Raft's LeaderCh holds one value and replaces it when it was not received yet.
+// So a loss that was followed by a new election of this node may show as one
+// more true, and a term that was over at once as a false only. Run takes every
+// true for a new term, whatever it was doing, and so misses nothing.
 func (r *Replica) Run(ctx context.Context, lead func(context.Context)) error {
 	var stop func()
 	depose := func() {
-		r.ready.Store(false)
+		r.ready.Store(0)
 		if stop != nil {
 			stop()
 			stop = nil
@@ -280,14 +301,34 @@ func (r *Replica) Run(ctx context.Context, lead func(context.Context)) error {
 			if !leading {
 				continue
 			}
-			if err := r.raft.Barrier(30 * time.Second).Error(); err != nil {
-				r.logger.Warn("leadership was lost at once", "err", err)
+			term, ok := r.catchUp(ctx)
+			if !ok {
 				continue
 			}
-			r.ready.Store(true)
+			r.ready.Store(term)
 			stop = start(ctx, lead)
 		}
 	}
+}
+
+// catchUp waits until this leader has applied everything that its predecessors
+// committed. It gives up when the lead is lost, of which LeaderCh tells next,
+// and for no other reason: nothing would start the leader's loops then.
+func (r *Replica) catchUp(ctx context.Context) (term uint64, ok bool) {
+	for r.raft.State() == raft.Leader {
+		term = r.raft.CurrentTerm()
+		err := r.raft.Barrier(10 * time.Second).Error()
+		if err == nil {
+			return term, r.raft.CurrentTerm() == term
+		}
+		r.logger.Warn("a new leader is not ready yet", "term", term, "err", err)
+		select {
+		case <-ctx.Done():
+			return 0, false
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	return 0, false
 }
 
 // start runs f beside the caller; the answer ends it and waits for it.
@@ -307,18 +348,58 @@ func start(ctx context.Context, f func(context.Context)) (stop func()) {
 // CheckRead makes a read that follows linearizable: it confirms with a majority
 // that this node leads. What this leader acknowledged is applied before it
 // answers, and what its predecessors did was applied before it became ready.
+//
+// Raft counts a follower's reply that was under way already. A follower that
+// replied elects nobody else for an election time-out, so that is as good as
+// long as a reply travels for less than that.
 func (r *Replica) CheckRead() error {
-	if !r.ready.Load() {
+	term := r.ready.Load()
+	if term == 0 {
 		return notLeading(raft.ErrNotLeader)
 	}
-	if err := r.raft.VerifyLeader().Error(); err != nil {
+	confirmed := make(chan error, 1)
+	select {
+	case r.reads <- confirmed:
+	case <-r.done:
+		return errStopped
+	}
+	if err := <-confirmed; err != nil {
 		return notLeading(err)
+	}
+	// The lead may have been lost and won again, and Run not have heard of it:
+	// then this node may not have applied yet what another leader did meanwhile.
+	if r.raft.CurrentTerm() != term {
+		return notLeading(raft.ErrLeadershipLost)
 	}
 	return nil
 }
 
+// verify confirms the lead once for all reads that wait.
+func (r *Replica) verify() {
+	for {
+		select {
+		case first := <-r.reads:
+			waiting := []chan error{first}
+			for more := true; more; {
+				select {
+				case next := <-r.reads:
+					waiting = append(waiting, next)
+				default:
+					more = false
+				}
+			}
+			err := r.raft.VerifyLeader().Error()
+			for _, w := range waiting {
+				w <- err
+			}
+		case <-r.done:
+			return
+		}
+	}
+}
+
 // Leading reports whether this node leads and is ready to.
-func (r *Replica) Leading() bool { return r.ready.Load() }
+func (r *Replica) Leading() bool { return r.ready.Load() != 0 }
 
 // Leader is the leader that this node knows of; empty during an election.
 func (r *Replica) Leader() api.NodeID {
@@ -350,22 +431,28 @@ func (r *Replica) AddVoter(id api.NodeID, address string) error {
 }
 
 // Close leaves in order: it hands the lead over where it can, stops Raft, and
-// closes the log. Proposals that still wait are answered with an error.
+// closes the log. Run has to have returned. Proposals that still wait are
+// answered with an error, which leaves open what became of them.
 func (r *Replica) Close() error {
-	if r.raft.State() == raft.Leader && len(r.raft.GetConfiguration().Configuration().Servers) > 1 {
-		if err := r.raft.LeadershipTransfer().Error(); err != nil {
-			r.logger.Debug("the lead could not be handed over", "err", err)
+	r.closing.Do(func() {
+		if r.raft.State() == raft.Leader && len(r.raft.GetConfiguration().Configuration().Servers) > 1 {
+			if err := r.raft.LeadershipTransfer().Error(); err != nil {
+				r.logger.Debug("the lead could not be handed over", "err", err)
+			}
 		}
-	}
-	close(r.done)
-	err := r.raft.Shutdown().Error()
-	r.wg.Wait()
-	return errors.Join(err, r.closeStores())
+		close(r.done)
+		// While Raft runs, it answers every future within a leader's lease; when it
+		// is shut down, it forgets some.
+		r.wg.Wait()
+		r.closeErr = errors.Join(r.raft.Shutdown().Error(), r.closeStores())
+	})
+	return r.closeErr
 }
 
 func (r *Replica) closeStores() error {
 	var errs []error
 	if r.transport != nil {
+		r.transport.CloseStreams() // connections to the others; Close ends the listener only
 		errs = append(errs, r.transport.Close())
 	}
 	if r.log != nil {

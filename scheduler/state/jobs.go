@@ -201,14 +201,19 @@ func countItems(job *musterpb.Job, task uint32) uint64 {
 
 // Application names what a record is kept for: an image repository, or the
 // account's own program where there is no repository. It is not a digest, so
-// that a record outlives a new build.
+// that a record outlives a new build. Checks by the same owner prove something
+// to the account that allowed them and to nobody else, so they count for an
+// application of its own.
 func Application(job *musterpb.Job) string {
 	image := job.Spec.Image
+	name := image.Name
 	if image.Kind == musterpb.ImageKind_IMAGE_KIND_REGISTRY {
-		repository, _, _ := strings.Cut(image.Ref, "@")
-		return repository
+		name, _, _ = strings.Cut(image.Ref, "@")
+		if !job.Spec.Verify.SameOwner {
+			return name
+		}
 	}
-	return job.Account + "/" + image.Name
+	return job.Account + "/" + name
 }
 
 // Ended reports whether a job places nothing any more.

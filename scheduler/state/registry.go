@@ -123,8 +123,8 @@ func (s *State) registerWorker(c *musterpb.RegisterWorker) (string, error) {
 	if w.PriceMicroUsdPerHour < 0 || api.MicroUSD(w.PriceMicroUsdPerHour) > 10_000*api.Dollars {
 		return "", api.Errorf(api.Invalid, "worker %s asks %s per hour: want $0 to $10000", w.Id, api.MicroUSD(w.PriceMicroUsdPerHour))
 	}
-	if w.Capacity == nil {
-		return "", api.Errorf(api.Invalid, "worker %s states no capacity", w.Id)
+	if err := checkCapacity(w); err != nil {
+		return "", err
 	}
 	fresh := &musterpb.Worker{JoinedUnixMs: s.now}
 	if old := s.workers[w.Id]; old != nil {
@@ -137,6 +137,34 @@ func (s *State) registerWorker(c *musterpb.RegisterWorker) (string, error) {
 	fresh.Capacity, fresh.PriceMicroUsdPerHour, fresh.AllowNetwork = w.Capacity, w.PriceMicroUsdPerHour, w.AllowNetwork
 	s.workers[w.Id] = fresh
 	return w.Id, nil
+}
+
+// Bounds of what a worker may say of itself.
+const (
+	maxWorkerName = 100
+	maxDevices    = 256
+	maxRuntimes   = 16
+)
+
+func checkCapacity(w *musterpb.Worker) error {
+	c := w.Capacity
+	switch {
+	case c == nil:
+		return api.Errorf(api.Invalid, "worker %s states no capacity", w.Id)
+	case c.MilliCpus < 0 || c.MemoryBytes < 0 || c.DiskBytes < 0:
+		return api.Errorf(api.Invalid, "worker %s has a negative capacity: %d milli-CPUs, %d bytes of memory, %d of disk", w.Id, c.MilliCpus, c.MemoryBytes, c.DiskBytes)
+	case len(w.Name) > maxWorkerName || len(c.Devices) > maxDevices || len(c.Runtimes) > maxRuntimes:
+		return api.Errorf(api.TooLarge, "worker %s: a name of %d bytes, %d devices and %d runtimes; at most %d, %d and %d are allowed",
+			w.Id, len(w.Name), len(c.Devices), len(c.Runtimes), maxWorkerName, maxDevices, maxRuntimes)
+	}
+	seen := map[string]bool{}
+	for _, d := range c.Devices {
+		if d.Uuid == "" || seen[d.Uuid] {
+			return api.Errorf(api.Invalid, "worker %s: device %q is there twice, or has no UUID", w.Id, d.Uuid)
+		}
+		seen[d.Uuid] = true
+	}
+	return nil
 }
 
 func (s *State) drainWorker(c *musterpb.DrainWorker) (string, error) {

@@ -2,6 +2,7 @@ package state
 
 import (
 	"strconv"
+	"strings"
 	"testing"
 
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -78,5 +79,44 @@ func TestAnswersAreForgotten(t *testing.T) {
 	}
 	if n := len(s.answered); n != maxAnswered || len(s.answerOrder) != n {
 		t.Errorf("%d answers are remembered, %d in order", n, len(s.answerOrder))
+	}
+}
+
+func TestWorkersAreBounded(t *testing.T) {
+	for name, spoil := range map[string]func(*musterpb.Worker){
+		"no capacity":     func(w *musterpb.Worker) { w.Capacity = nil },
+		"negative":        func(w *musterpb.Worker) { w.Capacity.MemoryBytes = -1 },
+		"long name":       func(w *musterpb.Worker) { w.Name = strings.Repeat("x", maxWorkerName+1) },
+		"many devices":    func(w *musterpb.Worker) { w.Capacity.Devices = make([]*musterpb.Device, maxDevices+1) },
+		"many runtimes":   func(w *musterpb.Worker) { w.Capacity.Runtimes = make([]string, maxRuntimes+1) },
+		"device twice":    func(w *musterpb.Worker) { w.Capacity.Devices[1].Uuid = w.Capacity.Devices[0].Uuid },
+		"nameless device": func(w *musterpb.Worker) { w.Capacity.Devices[0].Uuid = "" },
+	} {
+		w := newWorld(t)
+		w.must("account", "bob")
+		cmd := w.build("worker", parseArgs([]string{"w1", "gpus=2"}))
+		spoil(cmd.GetRegisterWorker().Worker)
+		if err := ErrorOf(w.State.Apply(cmd)); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+// What a customer lets an owner check by itself earns that owner no trust for
+// the jobs of others.
+func TestApplication(t *testing.T) {
+	job := func(account string, sameOwner bool, image *musterpb.Image) string {
+		return Application(&musterpb.Job{Account: account, Spec: &musterpb.JobSpec{Image: image, Verify: &musterpb.Verify{SameOwner: sameOwner}}})
+	}
+	registry := &musterpb.Image{Kind: musterpb.ImageKind_IMAGE_KIND_REGISTRY, Ref: "host/app@sha256:00", Name: "app"}
+	archive := &musterpb.Image{Kind: musterpb.ImageKind_IMAGE_KIND_ARCHIVE, Name: "mine.tar"}
+	for got, want := range map[string]string{
+		job("acme", false, registry): "host/app",
+		job("acme", true, registry):  "acme/host/app",
+		job("acme", false, archive):  "acme/mine.tar",
+	} {
+		if got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
 	}
 }
