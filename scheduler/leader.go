@@ -211,7 +211,7 @@ func (l *leader) workers(live []*musterpb.Attempt) []*place.Worker {
 		if s != nil {
 			cached = s.cached
 		}
-		pw := place.NewWorker(w, s != nil, cached)
+		pw := place.NewWorker(w, s != nil && s.heardWithin(l.Timing.LeaseTTL), cached)
 		byID[w.Id] = pw
 		list = append(list, pw)
 	}

@@ -41,6 +41,7 @@ type session struct {
 
 	mu      sync.Mutex
 	digests map[string]bool // guarded by mu; what the worker's cache holds
+	heard   time.Time       // guarded by mu; of the newest heartbeat
 }
 
 func (s *session) close() { s.once.Do(func() { close(s.done) }) }
@@ -53,6 +54,14 @@ func (s *session) send(m *musterpb.SchedulerMessage) {
 	default:
 		s.close()
 	}
+}
+
+// heardWithin reports whether a heartbeat came within d. A session that is
+// silent gets no new work, though its stream may look sound.
+func (s *session) heardWithin(d time.Duration) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Since(s.heard) < d
 }
 
 func (s *session) cached(digest string) bool {
@@ -78,6 +87,7 @@ func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) erro
 	}
 	sess := &session{
 		worker: id, owner: owner, outbox: make(chan *musterpb.SchedulerMessage, maxOutbox), done: make(chan struct{}), digests: map[string]bool{},
+		heard: time.Now(),
 	}
 	if err := l.attach(sess, running); err != nil {
 		return err
@@ -388,6 +398,7 @@ func (l *leader) heartbeat(sess *session, h *musterpb.Heartbeat) {
 	l.mu.Unlock()
 	sess.mu.Lock()
 	defer sess.mu.Unlock()
+	sess.heard = time.Now()
 	if h.Full {
 		sess.digests = map[string]bool{}
 	}
@@ -414,11 +425,19 @@ func (l *leader) answered(worker string, c *musterpb.Commit) bool {
 	case a.Commit != nil && a.Commit.EqualVT(c):
 		l.outcome(worker, c.Attempt, nil)
 	case !l.mayContinue(worker, a.Id):
-		l.outcome(worker, c.Attempt, api.Errorf(api.Conflict, "attempt %s is over: it is %s (%s)", a.Id, state.StateName(a.State), a.Reason))
+		l.outcome(worker, c.Attempt, l.tooLate(a))
 	default:
 		return false
 	}
 	return true
+}
+
+// tooLate says why a result of the attempt does not count any more.
+func (l *leader) tooLate(a *musterpb.Attempt) error {
+	if task := l.State.Task(a.Job, a.Task); a.Check == "" && task.GetResult() != "" && task.Result != a.Id {
+		return api.Errorf(api.Conflict, "attempt %s comes too late: it is %s, and another attempt of its task was committed first", a.Id, state.StateName(a.State))
+	}
+	return api.Errorf(api.Conflict, "attempt %s is over: it is %s (%s)", a.Id, state.StateName(a.State), a.Reason)
 }
 
 // commit examines a result and enters it into the log. Where this side is at

@@ -31,6 +31,9 @@ func (w *Worker) connect(ctx context.Context) error {
 	defer cancel() // ends the stream, and with it the receiver
 	address := w.addresses()[0]
 	s := client.Session(ctx, w.http, address, w.APIKey)
+	// The transport notices the end of ctx only where it does not wait for more of
+	// the request.
+	defer context.AfterFunc(ctx, func() { _ = s.CloseRequest() })()
 	silent := time.AfterFunc(handshakeWithin, cancel)
 	welcome, err := w.shakeHands(s)
 	if !silent.Stop() {
@@ -112,7 +115,6 @@ func (w *Worker) serve(ctx context.Context, s *stream, welcome *musterpb.Welcome
 	for n := 0; ; {
 		select {
 		case <-ctx.Done():
-			_ = s.CloseRequest()
 			return ctx.Err()
 		case err := <-received:
 			if errors.Is(err, io.EOF) {
