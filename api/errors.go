@@ -115,11 +115,16 @@ func ToConnect(err error) error {
 }
 
 // FromConnect turns an error of an RPC back into one with a kind and a message
-// without the protocol's prefix.
+// without the protocol's prefix. One that was turned already keeps what was
+// said about it since.
 func FromConnect(err error) error {
-	var ce *connect.Error
-	if err == nil || !errors.As(err, &ce) {
-		return err
+	for e := err; e != nil; e = errors.Unwrap(e) {
+		switch e := e.(type) {
+		case *Error:
+			return err
+		case *connect.Error:
+			return &Error{Kind: KindOf(e), Msg: e.Message(), Err: err}
+		}
 	}
-	return &Error{Kind: KindOf(err), Msg: ce.Message(), Err: err}
+	return err
 }

@@ -114,7 +114,7 @@ func (s *Scheduler) proposeAsNode(ctx context.Context, cmd *musterpb.Command) er
 		return api.Errorf(api.Unavailable, "no leader is known")
 	}
 	request := &musterpb.ProposeRequest{Node: string(s.id), Command: cmd}
-	text, err := ProposalText(request)
+	text, err := ProposalText(request, s.State.Node(string(s.id)))
 	if err != nil {
 		return err
 	}
@@ -126,13 +126,15 @@ func (s *Scheduler) proposeAsNode(ctx context.Context, cmd *musterpb.Command) er
 	return state.ErrorOf(answer)
 }
 
-// ProposalText is what a node signs when it asks the leader to propose.
-func ProposalText(r *musterpb.ProposeRequest) ([]byte, error) {
+// ProposalText is what a node signs when it asks the leader to propose. It names
+// where the node's hash chain is: replayed later, an old proposal could turn the
+// chain back to values that everybody knows.
+func ProposalText(r *musterpb.ProposeRequest, node *musterpb.Node) ([]byte, error) {
 	body, err := r.Command.MarshalVT()
 	if err != nil {
 		return nil, fmt.Errorf("encoding a proposal: %w", err)
 	}
-	return append([]byte("muster proposal v1\n"+r.Node+"\n"), body...), nil
+	return fmt.Appendf(nil, "muster proposal v1\n%s\n%x %d\n%s", r.Node, node.GetTip(), node.GetReveals(), body), nil
 }
 
 // ProposeForNode proposes what another scheduler says for itself: its tip or a
@@ -142,7 +144,7 @@ func (s *Scheduler) ProposeForNode(ctx context.Context, r *musterpb.ProposeReque
 	if node == nil {
 		return nil, api.Errorf(api.Denied, "scheduler %q is not part of this cluster", r.Node)
 	}
-	text, err := ProposalText(r)
+	text, err := ProposalText(r, node)
 	if err != nil {
 		return nil, err
 	}
@@ -159,7 +161,7 @@ func (s *Scheduler) ProposeForNode(ctx context.Context, r *musterpb.ProposeReque
 	if subject != r.Node {
 		return nil, api.Errorf(api.Denied, "scheduler %s may propose its own tip and reveals only", r.Node)
 	}
-	return s.Replica.Propose(ctx, r.Command)
+	return s.Replica.Propose(ctx, &musterpb.Command{Body: r.Command.Body}) // its ID is for clients to choose
 }
 
 // writeFileSync replaces a file so that either the old or the new content

@@ -3,6 +3,7 @@ package scheduler
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -21,11 +22,23 @@ const (
 	maxPlacements  = 512 // of one round
 	maxTasksPerJob = 512 // looked at in one round
 	maxExaminers   = 4   // results examined or compared at once
+	maxCompares    = 256 // comparisons under way or waiting for an examiner
+	// examineWithin bounds one examination: a store that hangs may not keep an
+	// examiner, and the lease of what it examines, for good.
+	examineWithin = 15 * time.Minute
+	// unreadablePause is how long a comparison waits whose results could not be
+	// read, and refusedPause how long placement does after a refusal: both change
+	// the state themselves, and would try again at once without it.
+	unreadablePause = 5 * time.Second
+	refusedPause    = 250 * time.Millisecond
 )
 
 // leader is what only the leading scheduler has, for one term.
 type leader struct {
 	*Scheduler
+	// ctx is that of the term. What was begun for a worker goes on when the
+	// worker's stream breaks, and ends with the leadership.
+	ctx       context.Context
 	examiners *semaphore.Weighted
 	wake      chan struct{} // capacity 1: sessions or leases changed
 
@@ -34,7 +47,7 @@ type leader struct {
 	leases   map[string]*lease   // guarded by mu; by attempt
 	busy     map[string]bool     // guarded by mu; checks and attempts being examined
 	closed   bool                // guarded by mu; no session attaches any more
-	work     sync.WaitGroup      // examinations under way
+	work     sync.WaitGroup      // what examine and beside began; grows under mu while not closed
 }
 
 // lease is the right of a worker to run an attempt.
@@ -46,21 +59,22 @@ type lease struct {
 
 const maxLogTail = 64 << 10
 
-func newLeader(s *Scheduler) *leader {
+func newLeader(ctx context.Context, s *Scheduler) *leader {
 	return &leader{
-		Scheduler: s, examiners: semaphore.NewWeighted(maxExaminers), wake: make(chan struct{}, 1),
+		Scheduler: s, ctx: ctx, examiners: semaphore.NewWeighted(maxExaminers), wake: make(chan struct{}, 1),
 		sessions: map[string]*session{}, leases: map[string]*lease{}, busy: map[string]bool{},
 	}
 }
 
 // run runs the loops until the leadership ends.
 func (l *leader) run(ctx context.Context) {
-	l.grantGrace()
+	l.grantLeases(l.State.LiveAttempts())
 	var loops sync.WaitGroup
 	for _, loop := range []func(context.Context){l.placeLoop, l.leaseLoop, l.batchLoop, l.compareLoop} {
 		loops.Go(func() { loop(ctx) })
 	}
 	loops.Wait()
+	l.close()
 	l.work.Wait()
 }
 
@@ -74,14 +88,16 @@ func (l *leader) close() {
 	}
 }
 
-// grantGrace gives every attempt that was running a full lease: a new leader
+// grantLeases gives a full lease to every attempt that has none: a new leader
 // knows nothing of the last heartbeats.
-func (l *leader) grantGrace() {
+func (l *leader) grantLeases(live []*musterpb.Attempt) {
 	deadline := time.Now().Add(l.Timing.LeaseTTL)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, a := range l.State.LiveAttempts() {
-		l.leases[a.Id] = &lease{worker: a.Worker, deadline: deadline}
+	for _, a := range live {
+		if l.leases[a.Id] == nil {
+			l.leases[a.Id] = &lease{worker: a.Worker, deadline: deadline}
+		}
 	}
 }
 
@@ -110,40 +126,46 @@ func (l *leader) waitForChange(ctx context.Context, changed <-chan struct{}, d t
 func (l *leader) placeLoop(ctx context.Context) {
 	for ctx.Err() == nil {
 		changed := l.State.Changed()
-		if l.placeRound(ctx) == 0 {
+		switch placed, refused := l.placeRound(ctx); {
+		case placed > 0:
+		case refused > 0:
+			l.waitForChange(ctx, nil, refusedPause)
+		default:
 			l.waitForChange(ctx, changed, time.Second)
 		}
 	}
 }
 
 // placeRound decides, proposes and hands out; it returns how many attempts
-// were placed.
-func (l *leader) placeRound(ctx context.Context) int {
+// were placed, and how many were not although there was a place for them.
+func (l *leader) placeRound(ctx context.Context) (placed, refused int) {
 	work := l.State.Queued(maxTasksPerJob)
 	if len(work) == 0 {
-		return 0
+		return 0, 0
 	}
 	live := l.State.LiveAttempts()
 	plan := place.Plan(&place.Input{
 		NowUnixMS: time.Now().UnixMilli(), Workers: l.workers(live), Work: work, Usage: l.usage(live), Seed: l.seedOf, Max: maxPlacements,
 	})
-	placed := make([]bool, len(plan))
+	done := make([]bool, len(plan))
 	var wg sync.WaitGroup
 	for i, p := range plan {
-		wg.Go(func() { placed[i] = l.place(ctx, p) })
+		wg.Go(func() { done[i] = l.place(ctx, p) })
 	}
 	wg.Wait()
-	n := 0
-	for _, ok := range placed {
+	for _, ok := range done {
 		if ok {
-			n++
+			placed++
 		}
 	}
-	return n
+	return placed, len(plan) - placed
 }
 
 // place commits one placement, then tells the worker.
 func (l *leader) place(ctx context.Context, p place.Placement) bool {
+	if l.session(p.Worker) == nil {
+		return false // it left since the plan was made
+	}
 	cmd := &musterpb.PlaceAttempt{
 		Attempt: newID("att-"), Job: p.Job.Id, Task: p.Task, Check: p.Check.GetId(), Worker: p.Worker,
 		Class: p.Class, Devices: p.Devices, Relaxed: p.Relaxed,
@@ -155,8 +177,11 @@ func (l *leader) place(ctx context.Context, p place.Placement) bool {
 	}
 	a := l.State.Attempt(id)
 	l.mu.Lock()
-	l.leases[id] = &lease{worker: p.Worker, deadline: time.Now().Add(l.Timing.LeaseTTL)}
-	s := l.sessions[p.Worker]
+	s, ttl := l.sessions[p.Worker], l.Timing.LeaseTTL
+	if s == nil {
+		ttl = l.Timing.ReconnectGrace
+	}
+	l.leases[id] = &lease{worker: p.Worker, deadline: time.Now().Add(ttl)}
 	l.mu.Unlock()
 	if s != nil {
 		s.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Assign{Assign: l.assignment(a)}})
@@ -243,6 +268,7 @@ func (l *leader) expireLeases(ctx context.Context) {
 	for _, a := range l.State.LiveAttempts() {
 		live[a.Id] = a
 	}
+	l.grantLeases(slices.Collect(maps.Values(live)))
 	now := time.Now()
 	var expired []string
 	l.mu.Lock()
@@ -256,17 +282,20 @@ func (l *leader) expireLeases(ctx context.Context) {
 	l.mu.Unlock()
 	for _, id := range expired {
 		reason := fmt.Sprintf("worker %s was not heard of for a whole lease (%s)", live[id].Worker, l.Timing.LeaseTTL)
-		l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Reason: reason, Blame: musterpb.Blame_BLAME_NETWORK})
+		// An error means that it is over already, or that the leadership is.
+		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Reason: reason, Blame: musterpb.Blame_BLAME_NETWORK})
 	}
 }
 
-// end ends an attempt without a result.
-func (l *leader) end(ctx context.Context, cmd *musterpb.EndAttempt) {
+// end ends an attempt without a result. An error of kind api.Unavailable means
+// that it may not have ended.
+func (l *leader) end(ctx context.Context, cmd *musterpb.EndAttempt) error {
 	if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_EndAttempt{EndAttempt: cmd}}); err != nil {
 		l.Logger.Debug("an attempt could not be ended", "attempt", cmd.Attempt, "err", err)
-		return
+		return err
 	}
 	l.Logger.Info("attempt ended without a result", "attempt", cmd.Attempt, "state", state.StateName(cmd.State), "reason", cmd.Reason)
+	return nil
 }
 
 // giveUpDisputes ends the checks that need a run which no worker could take
@@ -343,18 +372,45 @@ func (l *leader) compareLoop(ctx context.Context) {
 	for ctx.Err() == nil {
 		changed := l.State.Changed()
 		for _, c := range l.State.ToCompare() {
-			l.examine(ctx, c.Check.Id, func() { l.compare(ctx, c) })
+			if l.busyWith() > maxCompares {
+				break // the first of them to end changes the state
+			}
+			l.examine(c.Check.Id, func(ctx context.Context) error { return l.compare(ctx, c) })
 		}
 		select {
 		case <-ctx.Done():
 		case <-changed:
-		case <-time.After(5 * time.Second): // a blob that could not be read then may be now
+		case <-time.After(unreadablePause):
 		}
 	}
 }
 
-// examine runs f beside the caller unless it is under way already.
-func (l *leader) examine(ctx context.Context, key string, f func()) {
+// examine runs f beside the caller, once an examiner is free, unless something
+// with that key is under way. After an error the key stays taken for a while.
+func (l *leader) examine(key string, f func(context.Context) error) {
+	l.beside(key, func() {
+		if l.examineNow(f) == nil {
+			return
+		}
+		select {
+		case <-l.ctx.Done():
+		case <-time.After(unreadablePause):
+		}
+	})
+}
+
+func (l *leader) examineNow(f func(context.Context) error) error {
+	if err := l.examiners.Acquire(l.ctx, 1); err != nil {
+		return err
+	}
+	defer l.examiners.Release(1)
+	ctx, cancel := context.WithTimeout(l.ctx, examineWithin)
+	defer cancel()
+	return f(ctx)
+}
+
+// beside runs f beside the caller, unless something with that key is under way.
+func (l *leader) beside(key string, f func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.busy[key] || l.closed {
@@ -368,37 +424,43 @@ func (l *leader) examine(ctx context.Context, key string, f func()) {
 			l.mu.Unlock()
 			l.nudge()
 		}()
-		if l.examiners.Acquire(ctx, 1) != nil {
-			return
-		}
-		defer l.examiners.Release(1)
 		f()
 	})
 }
 
-func (l *leader) compare(ctx context.Context, c state.Comparable) {
+// busyWith is how much is under way beside the loops.
+func (l *leader) busyWith() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.busy)
+}
+
+// compare compares what a check has results of; an error means that they could
+// not be read.
+func (l *leader) compare(ctx context.Context, c state.Comparable) error {
 	job := l.State.Job(c.Check.Job)
 	comparator, err := verify.ComparatorOf(job.Spec.Verify)
 	if err != nil {
 		l.Logger.Error("a job has no comparator", "job", job.Id, "err", err)
-		return
+		return err
 	}
 	cmd := &musterpb.RecordComparisons{Check: c.Check.Id}
 	for _, pair := range c.Pairs {
 		match, detail, err := l.comparePair(ctx, comparator, pair, c.Check.Items, job.Spec.Resources.GetDiskBytes())
 		if err != nil {
 			l.Logger.Warn("results could not be read for a comparison; it is tried again", "check", c.Check.Id, "err", err)
-			return
+			return err
 		}
 		cmd.Comparisons = append(cmd.Comparisons, &musterpb.Comparison{A: pair[0], B: pair[1], Match: match, Detail: detail})
 	}
 	if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_RecordComparisons{RecordComparisons: cmd}}); err != nil {
 		l.Logger.Debug("a comparison was refused", "check", c.Check.Id, "err", err)
-		return
+		return nil
 	}
 	if v := l.State.Check(c.Check.Id); v.Verdict == musterpb.Verdict_VERDICT_FAILURE {
 		l.Logger.Warn("a result was proved wrong", "job", v.Job, "attempt", v.Target, "worker", l.State.Attempt(v.Target).Worker, "reason", v.Reason)
 	}
+	return nil
 }
 
 // comparePair compares the given items of two results.
@@ -414,11 +476,14 @@ func (l *leader) comparePair(ctx context.Context, comparator verify.Comparator, 
 	}
 	defer b.close()
 	for _, item := range items {
-		fa, err := a.item(ctx, item)
+		if a.same(b, item) {
+			continue // the digests were verified at commit
+		}
+		fa, err := a.item(ctx, item, comparator)
 		if err != nil {
 			return false, "", err
 		}
-		fb, err := b.item(ctx, item)
+		fb, err := b.item(ctx, item, comparator)
 		if err != nil {
 			return false, "", err
 		}

@@ -3,8 +3,11 @@ package scheduler
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"io"
+
+	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/blob"
@@ -14,8 +17,13 @@ import (
 	"github.com/musternet/muster/verify"
 )
 
-// maxManifestBytes bounds a manifest: some 400,000 items.
-const maxManifestBytes = 64 << 20
+// maxManifest bounds the manifest of so many items; one of them takes some 150
+// bytes.
+func maxManifest(items int) int64 { return 4096 + 256*int64(items) }
+
+// maxLookedInto bounds what is held of one item for a comparator that looks
+// into files.
+const maxLookedInto = 512 << 20
 
 // result is a committed result, opened for reading item by item.
 type result struct {
@@ -27,7 +35,7 @@ type result struct {
 
 // openResult reads the manifest of a commit and opens its archive.
 func (l *leader) openResult(ctx context.Context, a *musterpb.Attempt, limit int64) (*result, error) {
-	manifest, err := l.manifest(ctx, a.Commit)
+	manifest, err := l.manifest(ctx, a.Commit, len(l.State.ItemsOf(a)))
 	if err != nil {
 		return nil, err
 	}
@@ -48,35 +56,66 @@ func (l *leader) openResult(ctx context.Context, a *musterpb.Attempt, limit int6
 
 func (r *result) close() { r.archive.Close() }
 
-// item reads the verified files of one item.
-func (r *result) item(ctx context.Context, index uint64) ([]verify.File, error) {
+// same reports whether two results hold the same bytes for an item.
+func (r *result) same(o *result, index uint64) bool {
+	a, b := r.items[index], o.items[index]
+	return a != nil && b != nil && bytes.Equal(a.OutputDigest, b.OutputDigest)
+}
+
+// item reads the verified files of one item, with the content of those that the
+// comparator looks into and the digests of the others.
+func (r *result) item(ctx context.Context, index uint64, comparator verify.Comparator) ([]verify.File, error) {
 	entry := r.items[index]
 	if entry == nil {
 		return nil, api.Errorf(api.Invalid, "item %d is not in the manifest", r.value(index))
 	}
-	files, err := outputs.OpenItem(ctx, r.archive, entry, r.limits)
+	var files []verify.File
+	held := int64(0)
+	err := outputs.WalkItem(ctx, r.archive, entry, r.limits, func(path string, size int64, content io.Reader) error {
+		f := verify.File{Path: path}
+		if !comparator.LooksInto(path) {
+			sum := sha256.New()
+			n, err := io.Copy(sum, content)
+			f.Digest, f.Size = api.DigestFromSum(sum.Sum(nil)), n
+			files = append(files, f)
+			return err
+		}
+		if held += size; held > maxLookedInto {
+			return api.Errorf(api.TooLarge, "%s takes the files that are compared by their content above %d bytes", path, maxLookedInto)
+		}
+		data, err := io.ReadAll(content)
+		f.Data = data
+		files = append(files, f)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("item %d: %w", r.value(index), err)
 	}
-	out := make([]verify.File, len(files))
-	for i, f := range files {
-		out[i] = verify.File{Path: f.Path, Data: f.Data}
-	}
-	return out, nil
+	return files, nil
 }
 
-func (l *leader) manifest(ctx context.Context, c *musterpb.Commit) (*musterpb.Manifest, error) {
+// manifest reads the manifest of a commit, which is to list so many items. Its
+// size and its items are counted before it is decoded: two bytes would do for an
+// empty item that takes a hundred in memory.
+func (l *leader) manifest(ctx context.Context, c *musterpb.Commit, items int) (*musterpb.Manifest, error) {
 	r, err := l.Blobs.Open(ctx, api.Digest(c.ManifestDigest))
 	if err != nil {
 		return nil, fmt.Errorf("manifest of %s: %w", c.Attempt, err)
 	}
 	defer r.Close()
-	if r.Size() > maxManifestBytes {
-		return nil, api.Errorf(api.TooLarge, "manifest of %s has %d bytes, at most %d are allowed", c.Attempt, r.Size(), maxManifestBytes)
+	if most := maxManifest(items); r.Size() > most {
+		return nil, api.Errorf(api.TooLarge, "manifest of %s has %d bytes, at most %d are allowed for %d items", c.Attempt, r.Size(), most, items)
 	}
 	data, err := io.ReadAll(r)
 	if err != nil {
 		return nil, fmt.Errorf("manifest of %s: %w", c.Attempt, err)
+	}
+	n, err := countItems(data)
+	if err != nil {
+		return nil, api.Errorf(api.Invalid, "manifest of %s can't be decoded: %w", c.Attempt, err)
+	}
+	if n != items {
+		return nil, api.Errorf(api.Invalid, "the manifest lists %d items in place of %d", n, items)
 	}
 	m := &musterpb.Manifest{}
 	if err := m.UnmarshalVT(data); err != nil {
@@ -84,6 +123,24 @@ func (l *leader) manifest(ctx context.Context, c *musterpb.Commit) (*musterpb.Ma
 	}
 	return m, nil
 }
+
+// countItems counts the items of an encoded manifest without decoding them.
+func countItems(data []byte) (n int, err error) {
+	for len(data) > 0 {
+		field, _, size := protowire.ConsumeField(data)
+		if size < 0 {
+			return 0, protowire.ParseError(size)
+		}
+		if field == manifestItems {
+			n++
+		}
+		data = data[size:]
+	}
+	return n, nil
+}
+
+// manifestItems is the number of the field Manifest.items.
+const manifestItems = 2
 
 // checkResult examines everything about a commit that can be examined without
 // running it again: who signed it, whether the manifest is what was signed,
@@ -94,23 +151,23 @@ func (l *leader) checkResult(ctx context.Context, a *musterpb.Attempt, c *muster
 	if err := verify.CheckCommit(worker.PublicKey, c); err != nil {
 		return err
 	}
-	m, err := l.manifest(ctx, c)
+	want := l.State.ItemsOf(a)
+	m, err := l.manifest(ctx, c, len(want))
 	if err != nil {
 		return err
 	}
 	if m.Attempt != a.Id {
-		return api.Errorf(api.Invalid, "the manifest is of attempt %q, not of %s", m.Attempt, a.Id)
+		return api.Errorf(api.Invalid, "the manifest is of attempt %.60q, not of %s", m.Attempt, a.Id)
 	}
 	if !bytes.Equal(verify.Root(m), c.Root) {
 		return api.Errorf(api.Invalid, "the manifest does not have the Merkle root that was signed")
 	}
-	want := l.State.ItemsOf(a)
 	if err := outputs.CheckManifest(m, want, c.ArchiveBytes); err != nil {
 		return err
 	}
 	inputs := verify.InputDigest(job.Spec.Inputs)
 	parameters := verify.ParametersDigest(job.Spec.Image.Digest, job.Spec.Command, job.Spec.Env)
-	total := int64(0)
+	total, overhead := int64(0), int64(0)
 	for _, item := range m.Items {
 		if !bytes.Equal(item.InputDigest, inputs) || !bytes.Equal(item.ParametersDigest, parameters) {
 			return api.Errorf(api.Invalid, "item %d of the manifest was computed from other inputs or parameters", jobspec.Value(job.Spec.Items, item.Index))
@@ -118,9 +175,19 @@ func (l *leader) checkResult(ctx context.Context, a *musterpb.Attempt, c *muster
 		if total += item.OutputBytes; item.OutputBytes < 0 || total > job.Spec.Resources.DiskBytes {
 			return api.Errorf(api.TooLarge, "the outputs have more than %d bytes, which resources.disk allows", job.Spec.Resources.DiskBytes)
 		}
+		overhead += (int64(item.Files) + 1) * fileOverhead
+	}
+	if total != c.OutputBytes {
+		return api.Errorf(api.Invalid, "the manifest lists %d bytes of outputs, %d were signed", total, c.OutputBytes)
+	}
+	if most := total + total/100 + overhead; c.ArchiveBytes > most {
+		return api.Errorf(api.TooLarge, "the outputs take %d bytes packed; %d bytes of outputs fit into %d", c.ArchiveBytes, total, most)
 	}
 	return l.checkOutputs(ctx, job, c, m)
 }
+
+// fileOverhead is what packing may add to a file: tar headers and the frame.
+const fileOverhead = 16 << 10
 
 // checkOutputs reads every item of a result once.
 func (l *leader) checkOutputs(ctx context.Context, job *musterpb.Job, c *musterpb.Commit, m *musterpb.Manifest) error {
@@ -142,7 +209,7 @@ func (l *leader) checkOutputs(ctx context.Context, job *musterpb.Job, c *musterp
 	}
 	for _, item := range m.Items {
 		r.items[item.Index] = item
-		files, err := r.item(ctx, item.Index)
+		files, err := r.item(ctx, item.Index, comparator)
 		if err != nil {
 			return err
 		}

@@ -34,6 +34,7 @@ const (
 	DefaultRevealTimeout   = 2 * time.Second
 	DefaultBatchInterval   = 100 * time.Millisecond
 	DefaultDisputePatience = 10 * time.Minute
+	DefaultHandshake       = 15 * time.Second
 )
 
 // Timing holds the delays of the leader's loops. The zero value of a field is
@@ -52,6 +53,8 @@ type Timing struct {
 	// DisputePatience is how long a dispute waits for a further owner before it
 	// is inconclusive.
 	DisputePatience time.Duration
+	// Handshake is how long a worker may take to say who it is.
+	Handshake time.Duration
 }
 
 func (t Timing) withDefaults() Timing {
@@ -65,6 +68,7 @@ func (t Timing) withDefaults() Timing {
 	def(&t.RevealTimeout, DefaultRevealTimeout)
 	def(&t.BatchInterval, DefaultBatchInterval)
 	def(&t.DisputePatience, DefaultDisputePatience)
+	def(&t.Handshake, DefaultHandshake)
 	return t
 }
 
@@ -119,7 +123,7 @@ func (s *Scheduler) Run(ctx context.Context) error {
 
 // lead is the leader's life.
 func (s *Scheduler) lead(ctx context.Context) {
-	l := newLeader(s)
+	l := newLeader(ctx, s)
 	s.mu.Lock()
 	s.leader = l
 	s.mu.Unlock()
@@ -128,7 +132,6 @@ func (s *Scheduler) lead(ctx context.Context) {
 	s.mu.Lock()
 	s.leader = nil
 	s.mu.Unlock()
-	l.close()
 	s.Logger.Info("no longer leading", "node", s.id)
 }
 

@@ -6,12 +6,14 @@ import (
 	"crypto/rand"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/state"
+	"github.com/musternet/muster/verify"
 )
 
 // Stream is a worker's connection.
@@ -22,9 +24,11 @@ type Stream interface {
 
 // Bounds of a session.
 const (
-	maxOutbox       = 4096 // messages that wait for a slow worker
-	maxCached       = 4096 // digests that a worker may report
-	handshakeWithin = 15 * time.Second
+	maxOutbox  = 4096     // messages that wait for a slow worker
+	maxCached  = 4096     // digests that a worker may report
+	maxRunning = 4096     // attempts that a worker may state
+	maxHello   = 64 << 10 // bytes of what is replicated of a worker
+	maxReason  = 1000     // bytes of what is replicated of a worker's words
 )
 
 // session is one connected worker. Only its own goroutines touch the stream.
@@ -64,26 +68,57 @@ func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) erro
 	if err != nil {
 		return err
 	}
-	hello, running, err := shakeHands(stream)
+	hello, running, err := l.greet(ctx, stream)
 	if err != nil {
 		return err
 	}
-	id := string(api.WorkerIDOf(hello.PublicKey))
-	worker := &musterpb.Worker{
-		Id: id, PublicKey: hello.PublicKey, Owner: owner, Name: hello.Name, Capacity: hello.Capacity,
-		PriceMicroUsdPerHour: hello.PriceMicroUsdPerHour, AllowNetwork: hello.AllowNetwork,
-	}
-	if _, err := s.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_RegisterWorker{RegisterWorker: &musterpb.RegisterWorker{Worker: worker}}}); err != nil {
+	id, err := l.register(ctx, owner, hello)
+	if err != nil {
 		return err
 	}
 	sess := &session{
 		worker: id, owner: owner, outbox: make(chan *musterpb.SchedulerMessage, maxOutbox), done: make(chan struct{}), digests: map[string]bool{},
 	}
-	if err := l.attach(ctx, sess, running); err != nil {
+	if err := l.attach(sess, running); err != nil {
 		return err
 	}
 	defer l.detach(sess)
 	return l.serve(ctx, sess, stream)
+}
+
+// greet shakes hands, for as long as that may take.
+func (l *leader) greet(ctx context.Context, stream Stream) (hello *musterpb.WorkerHello, running []string, err error) {
+	done := make(chan struct{})
+	go func() {
+		// Ends with the stream: returning from Serve closes it.
+		defer close(done)
+		hello, running, err = shakeHands(stream)
+	}()
+	timer := time.NewTimer(l.Timing.Handshake)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return hello, running, err
+	case <-ctx.Done():
+		return nil, nil, ctx.Err()
+	case <-l.ctx.Done():
+		return nil, nil, api.Errorf(api.Unavailable, "this scheduler does not lead the cluster any more")
+	case <-timer.C:
+		return nil, nil, api.Errorf(api.Unavailable, "the worker did not say who it is within %s", l.Timing.Handshake)
+	}
+}
+
+// register makes a worker known, or what changed of it.
+func (l *leader) register(ctx context.Context, owner string, hello *musterpb.WorkerHello) (id string, err error) {
+	worker := &musterpb.Worker{
+		Id: string(api.WorkerIDOf(hello.PublicKey)), PublicKey: hello.PublicKey, Owner: owner, Name: hello.Name, Capacity: hello.Capacity,
+		PriceMicroUsdPerHour: hello.PriceMicroUsdPerHour, AllowNetwork: hello.AllowNetwork,
+	}
+	if old := l.State.Worker(worker.Id); old != nil && old.Owner == owner && old.Name == worker.Name && old.Capacity.EqualVT(worker.Capacity) &&
+		old.PriceMicroUsdPerHour == worker.PriceMicroUsdPerHour && old.AllowNetwork == worker.AllowNetwork {
+		return worker.Id, nil // a worker that often dials again does not fill the log
+	}
+	return l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_RegisterWorker{RegisterWorker: &musterpb.RegisterWorker{Worker: worker}}})
 }
 
 // shakeHands proves that the worker holds the key that it shows.
@@ -95,6 +130,9 @@ func shakeHands(stream Stream) (*musterpb.WorkerHello, []string, error) {
 	hello := first.GetHello()
 	if len(hello.GetPublicKey()) != ed25519.PublicKeySize {
 		return nil, nil, api.Errorf(api.Invalid, "a session starts with the worker's hello and its public key")
+	}
+	if err := checkHello(hello); err != nil {
+		return nil, nil, err
 	}
 	nonce := make([]byte, 32)
 	if _, err := rand.Read(nonce); err != nil {
@@ -111,13 +149,37 @@ func shakeHands(stream Stream) (*musterpb.WorkerHello, []string, error) {
 	if !ed25519.Verify(hello.PublicKey, api.ChallengeText(nonce), proof.GetSignature()) {
 		return nil, nil, api.Errorf(api.Unauthenticated, "worker %s: the challenge is not signed by its key", api.WorkerIDOf(hello.PublicKey))
 	}
+	if len(proof.Running) > maxRunning {
+		return nil, nil, api.Errorf(api.Invalid, "worker %s states %d running attempts, at most %d are taken", api.WorkerIDOf(hello.PublicKey), len(proof.Running), maxRunning)
+	}
 	return hello, proof.Running, nil
+}
+
+// checkHello bounds what every scheduler keeps of a worker, and wants its
+// devices to be told apart.
+func checkHello(hello *musterpb.WorkerHello) error {
+	id := api.WorkerIDOf(hello.PublicKey)
+	if n := hello.SizeVT(); n > maxHello {
+		return api.Errorf(api.Invalid, "worker %s describes itself with %d bytes, at most %d are taken", id, n, maxHello)
+	}
+	seen := map[string]bool{}
+	for _, d := range hello.Capacity.GetDevices() {
+		if d.Uuid == "" || seen[d.Uuid] {
+			return api.Errorf(api.Invalid, "worker %s lists device %q twice or without a UUID", id, d.Uuid)
+		}
+		seen[d.Uuid] = true
+	}
+	return nil
 }
 
 // attach makes the worker available and settles what it runs: attempts that
 // are still its own go on, others stop, and what it should run and does not is
 // handed out again or given up.
-func (l *leader) attach(ctx context.Context, sess *session, running []string) error {
+func (l *leader) attach(sess *session, running []string) error {
+	// The welcome is queued before anybody can see the session: a worker takes
+	// no assignment for an answer to its handshake.
+	welcome := l.welcome(sess.worker, running)
+	sess.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Welcome{Welcome: welcome}})
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
@@ -128,24 +190,40 @@ func (l *leader) attach(ctx context.Context, sess *session, running []string) er
 	}
 	l.sessions[sess.worker] = sess
 	l.mu.Unlock()
+	l.handOut(sess, running)
+	l.Logger.Info("worker connected", "worker", sess.worker, "owner", sess.owner, "keeps", len(welcome.Keep), "stops", len(welcome.Stop))
+	l.nudge()
+	return nil
+}
 
+// welcome answers a worker's handshake: which of its attempts go on.
+func (l *leader) welcome(worker string, running []string) *musterpb.Welcome {
 	welcome := &musterpb.Welcome{
-		Worker: sess.worker, LeaseTtlMs: l.Timing.LeaseTTL.Milliseconds(), HeartbeatMs: (l.Timing.LeaseTTL / 5).Milliseconds(),
+		Worker: worker, LeaseTtlMs: l.Timing.LeaseTTL.Milliseconds(), HeartbeatMs: (l.Timing.LeaseTTL / 5).Milliseconds(),
 	}
 	for _, n := range l.State.Nodes() {
 		welcome.Schedulers = append(welcome.Schedulers, n.ApiAddress)
 	}
 	for _, id := range running {
-		if l.mayContinue(sess.worker, id) {
+		if l.mayContinue(worker, id) {
 			welcome.Keep = append(welcome.Keep, id)
-			l.renew(id, sess.worker)
+			l.renew(id, worker)
 		} else {
 			welcome.Stop = append(welcome.Stop, id)
 		}
 	}
-	sess.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Welcome{Welcome: welcome}})
+	return welcome
+}
+
+// handOut assigns again what the worker was to run and never got, and gives up
+// what it lost.
+func (l *leader) handOut(sess *session, running []string) {
+	stated := map[string]bool{}
+	for _, id := range running {
+		stated[id] = true
+	}
 	for _, a := range l.State.LiveAttempts() {
-		if a.Worker != sess.worker || slices.Contains(running, a.Id) {
+		if a.Worker != sess.worker || stated[a.Id] || l.examined(a.Id) {
 			continue
 		}
 		if a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
@@ -153,14 +231,19 @@ func (l *leader) attach(ctx context.Context, sess *session, running []string) er
 			sess.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Assign{Assign: l.assignment(a)}})
 			continue
 		}
-		l.end(ctx, &musterpb.EndAttempt{
+		// An error means that it is over already, or that the leadership is.
+		_ = l.end(l.ctx, &musterpb.EndAttempt{
 			Attempt: a.Id, State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Blame: musterpb.Blame_BLAME_NETWORK,
 			Reason: fmt.Sprintf("worker %s came back without it", a.Worker),
 		})
 	}
-	l.Logger.Info("worker connected", "worker", sess.worker, "owner", sess.owner, "keeps", len(welcome.Keep), "stops", len(welcome.Stop))
-	l.nudge()
-	return nil
+}
+
+// session is the session of a worker, nil while it has none.
+func (l *leader) session(worker string) *session {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.sessions[worker]
 }
 
 // mayContinue reports whether a result of the attempt could still count.
@@ -217,7 +300,7 @@ func (l *leader) serve(ctx context.Context, sess *session, stream Stream) error 
 				received <- err
 				return
 			}
-			l.receive(ctx, sess, m)
+			l.receive(sess, m)
 		}
 	}()
 	for {
@@ -237,30 +320,48 @@ func (l *leader) serve(ctx context.Context, sess *session, stream Stream) error 
 }
 
 // receive handles one message of a worker. What takes time runs beside it, so
-// that heartbeats are never late.
-func (l *leader) receive(ctx context.Context, sess *session, m *musterpb.WorkerMessage) {
+// that heartbeats are never late, and only for attempts of the worker's own that
+// are under way: a worker can't make this scheduler work for nothing.
+func (l *leader) receive(sess *session, m *musterpb.WorkerMessage) {
 	switch m := m.Message.(type) {
 	case *musterpb.WorkerMessage_Heartbeat:
 		l.heartbeat(sess, m.Heartbeat)
 	case *musterpb.WorkerMessage_Started:
-		if a := l.own(sess, m.Started.Attempt); a == nil || a.State != musterpb.AttemptState_ATTEMPT_STATE_PLACED {
-			return
+		if a := l.own(sess.worker, m.Started.Attempt); a != nil && a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
+			l.beside("start "+a.Id, func() { l.started(a.Id) })
 		}
-		l.examine(ctx, "start "+m.Started.Attempt, func() {
-			if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_StartAttempt{StartAttempt: &musterpb.StartAttempt{Attempt: m.Started.Attempt}}}); err != nil {
-				l.Logger.Debug("a start was refused", "attempt", m.Started.Attempt, "err", err)
-			}
-		})
 	case *musterpb.WorkerMessage_Commit:
-		l.examine(ctx, m.Commit.Attempt, func() { l.commit(ctx, sess, m.Commit) })
+		if !l.answered(sess.worker, m.Commit) {
+			l.examine(m.Commit.Attempt, func(ctx context.Context) error {
+				l.commit(ctx, sess.worker, m.Commit)
+				return nil
+			})
+		}
 	case *musterpb.WorkerMessage_Failed:
-		l.examine(ctx, m.Failed.Attempt, func() { l.failed(ctx, sess, m.Failed) })
+		if a := l.own(sess.worker, m.Failed.Attempt); a == nil || !live(a) {
+			l.outcome(sess.worker, m.Failed.Attempt, nil)
+		} else {
+			l.beside(a.Id, func() { l.failed(sess.worker, m.Failed) })
+		}
 	}
 }
 
-// own is an attempt of the session's worker, nil for any other.
-func (l *leader) own(sess *session, id string) *musterpb.Attempt {
-	if a := l.State.Attempt(id); a != nil && a.Worker == sess.worker {
+// started enters into the log that a worker began; from then on time is billed.
+func (l *leader) started(attempt string) {
+	cmd := &musterpb.StartAttempt{Attempt: attempt}
+	if _, err := l.Propose(l.ctx, &musterpb.Command{Body: &musterpb.Command_StartAttempt{StartAttempt: cmd}}); err != nil {
+		l.Logger.Debug("a start was refused", "attempt", attempt, "err", err)
+	}
+}
+
+// live reports whether a worker may be busy with the attempt.
+func live(a *musterpb.Attempt) bool {
+	return a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED || a.State == musterpb.AttemptState_ATTEMPT_STATE_RUNNING
+}
+
+// own is an attempt of the worker, nil for any other.
+func (l *leader) own(worker, id string) *musterpb.Attempt {
+	if a := l.State.Attempt(id); a != nil && a.Worker == worker {
 		return a
 	}
 	return nil
@@ -270,8 +371,8 @@ func (l *leader) heartbeat(sess *session, h *musterpb.Heartbeat) {
 	for _, id := range h.Running {
 		l.renew(id, sess.worker)
 		if !l.mayContinue(sess.worker, id) && !l.examined(id) {
-			reason := "it is not known to the schedulers"
-			if a := l.State.Attempt(id); a != nil {
+			reason := "it is not one of this worker's"
+			if a := l.own(sess.worker, id); a != nil {
 				reason = fmt.Sprintf("it is %s", state.StateName(a.State))
 			}
 			sess.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Stop{Stop: &musterpb.Stop{Attempt: id, Reason: reason}}})
@@ -291,7 +392,7 @@ func (l *leader) heartbeat(sess *session, h *musterpb.Heartbeat) {
 		sess.digests = map[string]bool{}
 	}
 	for _, digest := range h.Cached {
-		if len(sess.digests) < maxCached {
+		if _, err := api.ParseDigest(digest); err == nil && len(sess.digests) < maxCached {
 			sess.digests[digest] = true
 		}
 	}
@@ -303,73 +404,93 @@ func (l *leader) examined(id string) bool {
 	return l.busy[id]
 }
 
-// commit examines a result and enters it into the log.
-func (l *leader) commit(ctx context.Context, sess *session, c *musterpb.Commit) {
-	a := l.own(sess, c.Attempt)
-	if a == nil {
-		sess.outcome(c.Attempt, api.Errorf(api.Denied, "attempt %q is not one of worker %s", c.Attempt, sess.worker))
+// answered answers a commit for which nothing has to be examined: a repeat, or
+// one that comes too late.
+func (l *leader) answered(worker string, c *musterpb.Commit) bool {
+	a := l.own(worker, c.Attempt)
+	switch {
+	case a == nil:
+		l.outcome(worker, c.Attempt, api.Errorf(api.Denied, "attempt %.60q is not one of worker %s", c.Attempt, worker))
+	case a.Commit != nil && a.Commit.EqualVT(c):
+		l.outcome(worker, c.Attempt, nil)
+	case !l.mayContinue(worker, a.Id):
+		l.outcome(worker, c.Attempt, api.Errorf(api.Conflict, "attempt %s is over: it is %s (%s)", a.Id, state.StateName(a.State), a.Reason))
+	default:
+		return false
+	}
+	return true
+}
+
+// commit examines a result and enters it into the log. Where this side is at
+// fault it does not answer: the worker offers the result again.
+func (l *leader) commit(ctx context.Context, worker string, c *musterpb.Commit) {
+	if l.answered(worker, c) {
 		return
 	}
-	if a.Commit != nil && a.Commit.EqualVT(c) {
-		sess.outcome(c.Attempt, nil)
-		return
-	}
-	if !l.mayContinue(sess.worker, a.Id) {
-		sess.outcome(c.Attempt, api.Errorf(api.Conflict, "attempt %s is over: it is %s (%s)", a.Id, state.StateName(a.State), a.Reason))
-		return
-	}
+	a := l.State.Attempt(c.Attempt)
 	err := l.checkResult(ctx, a, c)
 	if err == nil {
 		_, err = l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_CommitResult{CommitResult: &musterpb.CommitResult{Commit: c}}})
 		if err == nil || api.KindOf(err) == api.Conflict {
-			sess.outcome(c.Attempt, err)
+			l.outcome(worker, c.Attempt, err)
 			return
 		}
 	}
 	blame, ours := refusalBlame(err)
-	if ours && ctx.Err() == nil && api.KindOf(err) == api.Unavailable {
+	if ctx.Err() != nil || (ours && api.KindOf(err) == api.Unavailable) {
 		l.Logger.Warn("a result could not be examined; the worker offers it again", "attempt", a.Id, "err", err)
 		return
 	}
-	if a.State == musterpb.AttemptState_ATTEMPT_STATE_LOST {
-		sess.outcome(c.Attempt, err)
-		return
+	if a.State != musterpb.AttemptState_ATTEMPT_STATE_LOST {
+		reason := clip("result refused: "+err.Error(), maxReason)
+		cmd := &musterpb.EndAttempt{Attempt: a.Id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Blame: blame, Reason: reason}
+		if verify.CheckCommit(l.State.Worker(worker).PublicKey, c) == nil {
+			cmd.LogDigest = c.LogDigest
+		}
+		if api.KindOf(l.end(l.ctx, cmd)) == api.Unavailable {
+			return
+		}
 	}
-	l.end(ctx, &musterpb.EndAttempt{
-		Attempt: a.Id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Blame: blame, Reason: "result refused: " + err.Error(), LogDigest: c.LogDigest,
-	})
-	sess.outcome(c.Attempt, err)
+	l.outcome(worker, c.Attempt, err)
 }
 
 // failed ends an attempt that the worker gave up.
-func (l *leader) failed(ctx context.Context, sess *session, f *musterpb.AttemptFailed) {
-	if l.own(sess, f.Attempt) != nil {
-		end := &musterpb.EndAttempt{
-			Attempt: f.Attempt, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Reason: clip(f.Reason, 1000),
-			Blame: f.Blame, ExitCode: f.ExitCode, LogDigest: f.LogDigest,
-		}
-		if f.Cancelled {
-			end.State, end.Blame = musterpb.AttemptState_ATTEMPT_STATE_LOST, musterpb.Blame_BLAME_NETWORK
-		}
-		l.end(ctx, end)
+func (l *leader) failed(worker string, f *musterpb.AttemptFailed) {
+	end := &musterpb.EndAttempt{
+		Attempt: f.Attempt, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Reason: clip(f.Reason, maxReason), Blame: f.Blame, ExitCode: f.ExitCode,
 	}
-	sess.outcome(f.Attempt, nil)
+	if _, err := api.ParseDigest(f.LogDigest); err == nil {
+		end.LogDigest = f.LogDigest
+	}
+	switch {
+	case f.Cancelled:
+		end.State, end.Blame = musterpb.AttemptState_ATTEMPT_STATE_LOST, musterpb.Blame_BLAME_NETWORK
+	case f.Blame != musterpb.Blame_BLAME_JOB && f.Blame != musterpb.Blame_BLAME_NETWORK:
+		end.Blame = musterpb.Blame_BLAME_WORKER // whoever fails is to blame, unless it says who else is
+	}
+	if api.KindOf(l.end(l.ctx, end)) != api.Unavailable {
+		l.outcome(worker, f.Attempt, nil)
+	}
 }
 
-// outcome tells the worker that it may forget the attempt.
-func (s *session) outcome(attempt string, err error) {
+// outcome tells a worker that it may forget an attempt. A worker that has no
+// session just now asks again.
+func (l *leader) outcome(worker, attempt string, err error) {
 	o := &musterpb.Outcome{Attempt: attempt, Accepted: err == nil}
 	if err != nil {
-		o.Reason = err.Error()
+		o.Reason = clip(err.Error(), maxReason)
 	}
-	s.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Outcome{Outcome: o}})
+	if s := l.session(worker); s != nil {
+		s.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Outcome{Outcome: o}})
+	}
 }
 
+// clip shortens text, and keeps it UTF-8: it travels in messages that have to be.
 func clip(s string, n int) string {
 	if len(s) <= n {
-		return s
+		return strings.ToValidUTF8(s, "�")
 	}
-	return s[:n] + "…"
+	return strings.ToValidUTF8(s[:n], "") + "…"
 }
 
 // Connected reports which workers have a session.

@@ -344,17 +344,17 @@ func TestImageValidate(t *testing.T) {
 		files []File
 	}{
 		{"no .png or .jpg file", nil},
-		{`"depth.exr"`, []File{{"depth.exr", []byte("v/1")}}},
+		{`"depth.exr"`, []File{{Path: "depth.exr", Data: []byte("v/1")}}},
 		{"6 in all", []File{{Path: "a"}, {Path: "b"}, {Path: "c"}, {Path: "d"}, {Path: "e"}, {Path: "f"}}},
-		{"b.png (0 bytes)", []File{{"a.png", good}, {"b.png", nil}}},
-		{"b.jpeg (4 bytes)", []File{{"a.png", good}, {"b.jpeg", []byte("GIF8")}}},
-		{`two output files have the path "a.png"`, []File{{"a.png", good}, {"a.png", good}}},
+		{"b.png (0 bytes)", []File{{Path: "a.png", Data: good}, {Path: "b.png", Data: nil}}},
+		{"b.jpeg (4 bytes)", []File{{Path: "a.png", Data: good}, {Path: "b.jpeg", Data: []byte("GIF8")}}},
+		{`two output files have the path "a.png"`, []File{{Path: "a.png", Data: good}, {Path: "a.png", Data: good}}},
 	} {
 		if err := blender(t).Validate(c.files); api.KindOf(err) != api.Invalid || !strings.Contains(err.Error(), c.say) {
 			t.Errorf("error %v, want one of kind invalid with %q", err, c.say)
 		}
 	}
-	if err := blender(t).Validate([]File{{"a.PNG", good}, {"log.txt", nil}}); err != nil {
+	if err := blender(t).Validate([]File{{Path: "a.PNG", Data: good}, {Path: "log.txt", Data: nil}}); err != nil {
 		t.Errorf("a picture and another file: %v", err)
 	}
 }
@@ -370,15 +370,15 @@ func TestExact(t *testing.T) {
 	if err := c.Validate([]File{{Path: "empty"}}); err != nil {
 		t.Errorf("an empty file: %v", err)
 	}
-	ab := []File{{"a", []byte("1")}, {"b", []byte("2")}}
+	ab := []File{{Path: "a", Data: []byte("1")}, {Path: "b", Data: []byte("2")}}
 	for _, o := range []struct {
 		say   string
 		files []File
 	}{
-		{"", []File{{"b", []byte("2")}, {"a", []byte("1")}}},
-		{"b differs: 1 bytes sha256:d4735e3a265e…, 1 bytes sha256:4e07408562be…", []File{{"a", []byte("1")}, {"b", []byte("3")}}},
+		{"", []File{{Path: "b", Data: []byte("2")}, {Path: "a", Data: []byte("1")}}},
+		{"b differs: 1 bytes sha256:d4735e3a265e…, 1 bytes sha256:4e07408562be…", []File{{Path: "a", Data: []byte("1")}, {Path: "b", Data: []byte("3")}}},
 		{`files differ: ["a" "b"] and ["a"]`, ab[:1]},
-		{`files differ: ["a" "b"] and ["a" "c"]`, []File{{"a", []byte("1")}, {"c", []byte("2")}}},
+		{`files differ: ["a" "b"] and ["a" "c"]`, []File{{Path: "a", Data: []byte("1")}, {Path: "c", Data: []byte("2")}}},
 		{"files differ", nil},
 	} {
 		if match, detail := c.Compare(ab, o.files); match != (o.say == "") || !strings.HasPrefix(detail, o.say) {
@@ -389,8 +389,8 @@ func TestExact(t *testing.T) {
 
 func TestCompareKeepsItsArguments(t *testing.T) {
 	data := pngOf(t, picture(4, 4))
-	a := []File{{"z.png", data}, {"a.png", data}, {"m.txt", nil}}
-	b := []File{{"m.txt", nil}, {"z.png", data}, {"a.png", data}}
+	a := []File{{Path: "z.png", Data: data}, {Path: "a.png", Data: data}, {Path: "m.txt", Data: nil}}
+	b := []File{{Path: "m.txt", Data: nil}, {Path: "z.png", Data: data}, {Path: "a.png", Data: data}}
 	wasA, wasB := fmt.Sprint(a), fmt.Sprint(b)
 	for _, c := range []Comparator{comparator(t, &musterpb.Verify{Comparator: "exact"}), blender(t)} {
 		if match, detail := c.Compare(a, b); !match {

@@ -40,6 +40,7 @@ type run struct {
 const (
 	exitTimeout    = 124
 	exitBadOutputs = 65 // EX_DATAERR
+	exitBadInputs  = 66 // EX_NOINPUT
 	exitBadImage   = 126
 	exitKilled     = 137
 )
@@ -63,7 +64,7 @@ func (w *Worker) execute(ctx context.Context, r *run) *musterpb.WorkerMessage {
 	a := r.assignment
 	dir := filepath.Join(w.attemptsDir(), a.Attempt)
 	defer func() {
-		if err := os.RemoveAll(dir); err != nil {
+		if err := removeTree(dir); err != nil {
 			w.Logger.Warn("a directory could not be removed", "dir", dir, "err", err)
 		}
 	}()
@@ -125,6 +126,13 @@ func (w *Worker) image(ctx context.Context, m *musterpb.Image) (container.Runtim
 		}
 		image.Ref, image.Archive, release = "", path, done
 	}
+	unpin, err := w.images.use(ctx, name, image, m.SizeBytes)
+	if err != nil {
+		release()
+		return nil, image, nil, err
+	}
+	releaseBlob := release
+	release = func() { unpin(); releaseBlob() }
 	if err := rt.Ensure(ctx, image); err != nil {
 		release()
 		switch api.KindOf(err) {
@@ -147,10 +155,14 @@ func (w *Worker) fetch(ctx context.Context, digest string, size int64) (path str
 	return path, release, ours(err)
 }
 
-// ours blames the network for a blob that can't be had.
+// ours blames the network for a blob that can't be had or stored, unless this
+// machine's own disk is at fault, or the blame is known already.
 func ours(err error) error {
-	if err == nil {
-		return nil
+	var f *failure
+	var path *fs.PathError
+	var link *os.LinkError
+	if err == nil || errors.As(err, &f) || errors.As(err, &path) || errors.As(err, &link) {
+		return err
 	}
 	return &failure{musterpb.Blame_BLAME_NETWORK, 0, err}
 }
@@ -204,7 +216,11 @@ func (w *Worker) fetchTree(ctx context.Context, in *musterpb.Input, tree string)
 	if err := os.Mkdir(tree, 0o755); err != nil {
 		return err
 	}
-	return blob.ExtractDir(f, tree, treeLimits)
+	err = blob.ExtractDir(f, tree, treeLimits)
+	if kind := api.KindOf(err); err != nil && (kind == api.Invalid || kind == api.TooLarge) {
+		return jobFault(exitBadInputs, "%w", err)
+	}
+	return err
 }
 
 // link shows a file or a tree of the cache at dst.
@@ -258,6 +274,7 @@ func (w *Worker) runAll(ctx context.Context, r *run, rt container.Runtime, image
 		return fmt.Errorf("log: %w", err)
 	}
 	defer logFile.Close()
+	logs := container.NewLog(io.MultiWriter(logFile, r.log), container.MaxLogBytes) // of all runs together
 	w.mu.Lock()
 	r.started = true
 	w.say(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Started{Started: &musterpb.AttemptStarted{Attempt: a.Attempt}}})
@@ -275,7 +292,7 @@ func (w *Worker) runAll(ctx context.Context, r *run, rt container.Runtime, image
 		spec := container.Spec{
 			ID: a.Attempt, Image: image, Command: inv.Command, Inputs: inputs, Outputs: target, GPUs: a.Devices,
 			MilliCPUs: a.Resources.MilliCpus, MemoryBytes: a.Resources.MemoryBytes, OutputBytes: left,
-			Timeout: time.Until(deadline), Network: a.Network && w.AllowNetwork, Logs: io.MultiWriter(logFile, r.log),
+			Timeout: time.Until(deadline), Network: a.Network && w.AllowNetwork, Logs: logs,
 		}
 		for _, e := range a.Env {
 			spec.Env = append(spec.Env, e.Name+"="+e.Value)
@@ -306,11 +323,11 @@ func runFailure(res container.Result, a *musterpb.Assignment) error {
 	case res.OK():
 		return nil
 	case res.Reason == container.OutOfMemory:
-		return jobFault(exitKilled, "out of memory: the program wanted more than the %d bytes of resources.memory", a.Resources.MemoryBytes)
+		return jobFault(exitKilled, "out of memory: the program wanted more than the %s of resources.memory", jobspec.FormatSize(a.Resources.MemoryBytes))
 	case res.Reason == container.TimedOut:
 		return jobFault(exitTimeout, "the attempt took longer than its time-out of %s", time.Duration(a.TimeoutMs)*time.Millisecond)
 	case res.Reason == container.OutputTooLarge:
-		return jobFault(exitBadOutputs, "the program wrote more than the %d bytes of resources.disk to /out", a.Resources.DiskBytes)
+		return jobFault(exitBadOutputs, "the program wrote more than the %s of resources.disk to /out", jobspec.FormatSize(a.Resources.DiskBytes))
 	case res.Reason == container.Cancelled:
 		return &failure{musterpb.Blame_BLAME_NETWORK, 0, errors.New("the attempt was stopped")}
 	}
@@ -378,8 +395,11 @@ func (w *Worker) pack(ctx context.Context, a *musterpb.Assignment, inputs, out, 
 	}
 	if a.Items.LinesPath != "" && a.Outputs == musterpb.OutputMode_OUTPUT_MODE_LINES {
 		ids, err := outputs.CustomIDs(filepath.Join(inputs, filepath.FromSlash(a.Items.LinesPath)), a.Indexes)
-		if err != nil {
-			return nil, jobFault(exitBadOutputs, "items: %w", err)
+		switch kind := api.KindOf(err); {
+		case err != nil && (kind == api.Invalid || kind == api.NotFound):
+			return nil, jobFault(exitBadInputs, "items: %w", err)
+		case err != nil:
+			return nil, err
 		}
 		for i := range items {
 			items[i].CustomID = ids[i]
@@ -419,8 +439,8 @@ func (w *Worker) pack(ctx context.Context, a *musterpb.Assignment, inputs, out, 
 // uploadLog uploads what the program said, compressed. A log that can't be
 // uploaded costs nobody a result.
 func (w *Worker) uploadLog(ctx context.Context, path string) string {
-	data, err := os.ReadFile(path) // bounded by the runtime
-	if err != nil || len(data) == 0 {
+	data, err := os.ReadFile(path) // at most container.MaxLogBytes
+	if err != nil || len(data) == 0 || ctx.Err() != nil {
 		return ""
 	}
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
@@ -429,7 +449,7 @@ func (w *Worker) uploadLog(ctx context.Context, path string) string {
 	}
 	packed := enc.EncodeAll(data, nil)
 	digest := api.DigestOf(packed)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	if _, err := w.blobs.Put(ctx, digest, bytes.NewReader(packed), int64(len(packed))); err != nil {
 		w.Logger.Warn("a log could not be uploaded", "err", err)
@@ -456,11 +476,11 @@ func (t *tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// take returns at most n bytes, and what it returns only once.
-func (t *tail) take(n int) []byte {
+// take returns what was written last, at most maxTail bytes, and only once.
+func (t *tail) take() []byte {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	out := t.buf[max(0, len(t.buf)-n):]
+	out := t.buf
 	t.buf = nil
 	return out
 }

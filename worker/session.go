@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -15,22 +17,31 @@ import (
 	"github.com/musternet/muster/api/musterpb"
 )
 
+// handshakeWithin is how long a scheduler may take to answer.
+const handshakeWithin = 15 * time.Second
+
 type stream = connect.BidiStreamForClient[musterpb.WorkerMessage, musterpb.SchedulerMessage]
 
 // connect dials the scheduler that is most likely to lead and runs one session
 // with it. It returns why that ended.
 func (w *Worker) connect(ctx context.Context) error {
+	var receiver sync.WaitGroup
+	defer receiver.Wait()
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // ends the stream, and with it the receiving goroutine
+	defer cancel() // ends the stream, and with it the receiver
 	address := w.addresses()[0]
 	s := client.Session(ctx, w.http, address, w.APIKey)
+	silent := time.AfterFunc(handshakeWithin, cancel)
 	welcome, err := w.shakeHands(s)
+	if !silent.Stop() {
+		err = api.Errorf(api.Unavailable, "the scheduler did not answer within %s", handshakeWithin)
+	}
 	if err != nil {
 		var ce *connect.Error
 		if leader := ""; errors.As(err, &ce) {
 			if leader = ce.Meta().Get(client.HeaderLeader); leader != "" && leader != address {
 				w.prefer(leader)
-				return fmt.Errorf("%s is not the leader, %s is", address, leader)
+				return errRedirected
 			}
 		}
 		// Only a scheduler's own word counts: a stream that breaks has codes too.
@@ -42,7 +53,7 @@ func (w *Worker) connect(ctx context.Context) error {
 	}
 	w.learn(welcome.Schedulers)
 	w.Logger.Info("connected", "scheduler", address, "worker", w.id)
-	return w.serve(ctx, s, welcome)
+	return w.serve(ctx, s, welcome, &receiver)
 }
 
 // shakeHands proves the worker's identity and says what it runs.
@@ -79,22 +90,22 @@ func (w *Worker) shakeHands(s *stream) (*musterpb.Welcome, error) {
 }
 
 // serve is one session: heartbeats and reports out, assignments in.
-func (w *Worker) serve(ctx context.Context, s *stream, welcome *musterpb.Welcome) error {
+func (w *Worker) serve(ctx context.Context, s *stream, welcome *musterpb.Welcome, receiver *sync.WaitGroup) error {
 	for _, id := range welcome.Stop {
 		w.forget(id, "the schedulers do not want it any more")
 	}
 	w.reportAgain()
 	received := make(chan error, 1)
-	go func() {
+	receiver.Go(func() {
 		for {
 			m, err := s.Receive()
 			if err != nil {
 				received <- err
 				return
 			}
-			w.receive(ctx, m)
+			w.receive(m)
 		}
-	}()
+	})
 	beat := time.NewTicker(max(time.Duration(welcome.HeartbeatMs)*time.Millisecond, 50*time.Millisecond))
 	defer beat.Stop()
 	full := true // the first heartbeat lists the whole cache
@@ -126,7 +137,7 @@ func (w *Worker) serve(ctx context.Context, s *stream, welcome *musterpb.Welcome
 }
 
 // receive handles one message. Nothing here waits.
-func (w *Worker) receive(ctx context.Context, m *musterpb.SchedulerMessage) {
+func (w *Worker) receive(m *musterpb.SchedulerMessage) {
 	switch m := m.Message.(type) {
 	case *musterpb.SchedulerMessage_Assign:
 		w.start(m.Assign)
@@ -140,21 +151,32 @@ func (w *Worker) receive(ctx context.Context, m *musterpb.SchedulerMessage) {
 	}
 }
 
-// maxTail bounds the log output of one attempt in one heartbeat.
-const maxTail = 16 << 10
+// Bounds of a heartbeat: the log output of one attempt and of all together, and
+// the digests of the cache.
+const (
+	maxTail   = 16 << 10
+	maxTails  = 1 << 20
+	maxCached = 4096
+)
 
 func (w *Worker) heartbeat(full bool) *musterpb.WorkerMessage {
 	h := &musterpb.Heartbeat{Full: full}
 	w.mu.Lock()
+	tails := 0
 	for id, r := range w.runs {
 		h.Running = append(h.Running, id)
-		if tail := r.log.take(maxTail); len(tail) > 0 {
+		if tails >= maxTails {
+			continue // the others' output comes with the next heartbeat
+		}
+		if tail := r.log.take(); len(tail) > 0 {
 			h.Logs = append(h.Logs, &musterpb.LogTail{Attempt: id, Data: tail})
+			tails += len(tail)
 		}
 	}
 	w.mu.Unlock()
 	if full {
-		for _, d := range w.cache.Digests() {
+		digests := w.cache.Digests()
+		for _, d := range digests[:min(len(digests), maxCached)] {
 			h.Cached = append(h.Cached, string(d))
 		}
 	}
@@ -201,6 +223,10 @@ func (w *Worker) start(a *musterpb.Assignment) {
 	if w.runs[a.Attempt] != nil {
 		return
 	}
+	if err := checkAssignment(a); err != nil {
+		w.Logger.Warn("an assignment makes no sense", "attempt", a.Attempt, "err", err)
+		return
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &run{assignment: a, cancel: cancel, log: newTail()}
 	w.runs[a.Attempt] = r
@@ -214,6 +240,23 @@ func (w *Worker) start(a *musterpb.Assignment) {
 			w.say(report)
 		}
 	})
+}
+
+// checkAssignment keeps a scheduler from naming files outside of the attempt's
+// directory, and this worker from a message that lacks a part.
+func checkAssignment(a *musterpb.Assignment) error {
+	if a.Attempt == "." || !filepath.IsLocal(a.Attempt) || filepath.Base(a.Attempt) != a.Attempt {
+		return api.Errorf(api.Invalid, "attempt %q is no name of a directory", a.Attempt)
+	}
+	if a.Image == nil || a.Items == nil || a.Resources == nil {
+		return api.Errorf(api.Invalid, "image, items or resources are missing")
+	}
+	for _, in := range a.Inputs {
+		if !filepath.IsLocal(filepath.FromSlash(in.Path)) {
+			return api.Errorf(api.Invalid, "input %q is not below /in", in.Path)
+		}
+	}
+	return nil
 }
 
 // forget stops an attempt, if it still runs, and drops it.

@@ -11,6 +11,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"os"
@@ -51,10 +52,11 @@ type Config struct {
 // Worker is one worker. Run runs it.
 type Worker struct {
 	Config
-	id    string
-	http  *http.Client
-	blobs *blob.HTTP
-	cache *blob.Cache
+	id     string
+	http   *http.Client
+	blobs  *blob.HTTP
+	cache  *blob.Cache
+	images *images
 
 	mu         sync.Mutex
 	runs       map[string]*run // guarded by mu; by attempt, until the schedulers know how it ended
@@ -82,6 +84,9 @@ func (w *Worker) ID() string { return w.id }
 
 // Run works until ctx ends, then stops what runs and waits for it.
 func (w *Worker) Run(ctx context.Context) error {
+	if len(w.Schedulers) == 0 {
+		return api.Errorf(api.Invalid, "a worker needs the address of at least one scheduler")
+	}
 	if err := w.cleanUp(ctx); err != nil {
 		return err
 	}
@@ -90,9 +95,13 @@ func (w *Worker) Run(ctx context.Context) error {
 		return err
 	}
 	w.cache = cache
+	w.images, err = openImages(filepath.Join(w.Dir, "images.json"), w.CacheBytes, w.forgetImage)
+	if err != nil {
+		return err
+	}
 	defer w.http.CloseIdleConnections()
 	defer w.stopAll()
-	for wait := time.Duration(0); ; wait = min(2*wait+100*time.Millisecond, 5*time.Second) {
+	for wait := time.Duration(0); ; wait = min(2*wait+100*time.Millisecond, maxRedial) {
 		began := time.Now()
 		err := w.connect(ctx)
 		if ctx.Err() != nil {
@@ -101,9 +110,14 @@ func (w *Worker) Run(ctx context.Context) error {
 		if refused := (*refusal)(nil); errors.As(err, &refused) {
 			return fmt.Errorf("the schedulers refuse this worker: %w", refused.err)
 		}
-		w.Logger.Warn("not connected to the schedulers", "err", err)
-		if time.Since(began) > time.Minute {
+		if time.Since(began) > maxRedial {
 			wait = 0 // it was a good session; dial again at once
+		}
+		// During an election two schedulers may each name the other.
+		if errors.Is(err, errRedirected) {
+			w.Logger.Debug("another scheduler leads", "address", w.addresses()[0])
+		} else {
+			w.Logger.Warn("not connected to the schedulers", "err", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -113,12 +127,29 @@ func (w *Worker) Run(ctx context.Context) error {
 	}
 }
 
+// maxRedial is the longest pause between two dials.
+const maxRedial = 5 * time.Second
+
 // stopAll ends what still runs and waits until nothing of it is left.
 func (w *Worker) stopAll() {
 	for _, id := range w.running() {
 		w.forget(id, "the worker stops")
 	}
 	w.attempts.Wait()
+}
+
+// forgetImage drops an image from a runtime. One of a runtime that this worker
+// does not have any more is out of its reach.
+func (w *Worker) forgetImage(ctx context.Context, name string, image container.Image) error {
+	rt := w.Runtimes[name]
+	if rt == nil {
+		return nil
+	}
+	if err := rt.Forget(ctx, image); err != nil {
+		w.Logger.Warn("an image could not be removed", "digest", image.Digest, "err", err)
+		return err
+	}
+	return nil
 }
 
 // cleanUp removes what an earlier process of this worker left behind.
@@ -132,13 +163,28 @@ func (w *Worker) cleanUp(ctx context.Context) error {
 			w.Logger.Info("removed what an earlier process left behind", "runtime", name, "containers", n)
 		}
 	}
-	if err := os.RemoveAll(w.attemptsDir()); err != nil {
+	if err := removeTree(w.attemptsDir()); err != nil {
 		return fmt.Errorf("cleaning up after an earlier run: %w", err)
 	}
 	if err := os.MkdirAll(w.attemptsDir(), 0o700); err != nil {
 		return fmt.Errorf("worker directory: %w", err)
 	}
 	return nil
+}
+
+// removeTree removes a directory even where a job took away the right to.
+func removeTree(dir string) error {
+	if os.RemoveAll(dir) == nil {
+		return nil
+	}
+	// What can't be changed is named by the second attempt.
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, _ error) error {
+		if d != nil && d.IsDir() {
+			return os.Chmod(path, 0o700)
+		}
+		return nil
+	})
+	return os.RemoveAll(dir)
 }
 
 func (w *Worker) attemptsDir() string { return filepath.Join(w.Dir, "attempts") }
@@ -210,7 +256,7 @@ func deviceMessage(d gpu.Device) *musterpb.Device {
 	return &musterpb.Device{
 		Index: uint32(d.Index), Uuid: d.UUID, Name: d.Name, MemoryBytes: d.MemoryBytes, ComputeCapability: d.ComputeCapability,
 		Architecture: d.Architecture, Driver: d.Driver, Mig: d.MIG, TemperatureCelsius: value(d.TemperatureC),
-		PowerMilliwatts: value(d.PowerMilliwatts), UtilizationPercent: value(d.UtilizationPercent), Unhealthy: d.Unhealthy,
+		PowerMilliwatts: value(d.PowerMilliwatts), UtilizationPercent: value(d.UtilizationPercent), Unhealthy: d.Unhealthy, ParentUuid: d.ParentUUID,
 	}
 }
 
@@ -220,4 +266,7 @@ type refusal struct{ err error }
 func (r *refusal) Error() string { return r.err.Error() }
 func (r *refusal) Unwrap() error { return r.err }
 
-var errSilent = errors.New("the scheduler closed the session")
+var (
+	errSilent     = errors.New("the scheduler closed the session")
+	errRedirected = errors.New("the scheduler does not lead, and named the one that does")
+)

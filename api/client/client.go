@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	mrand "math/rand/v2"
+	"net"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -115,11 +116,16 @@ func (b bearer) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.
 	return next
 }
 
+// dialWithin bounds one dial, so that an address that swallows packets leaves
+// time for the others.
+const dialWithin = 3 * time.Second
+
 // NewTransport is the HTTP transport between muster's parts: HTTP/2 without
 // TLS, with pings that find a dead connection within 15 seconds.
 func NewTransport() *http.Transport {
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.Proxy = nil
+	t.DialContext = (&net.Dialer{Timeout: dialWithin, KeepAlive: 30 * time.Second}).DialContext
 	t.Protocols = new(http.Protocols)
 	t.Protocols.SetUnencryptedHTTP2(true)
 	t.HTTP2 = &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second}
@@ -171,6 +177,9 @@ func (f *failover) RoundTrip(req *http.Request) (*http.Response, error) {
 				return nil, req.Context().Err()
 			}
 			f.last.CompareAndSwap(at, at+1)
+			if time.Now().After(deadline) {
+				break
+			}
 		}
 		if time.Now().Add(wait).After(deadline) {
 			return nil, api.Errorf(api.Unavailable, "no scheduler answers at %s: %w", strings.Join(f.addresses, ", "), failed)

@@ -315,12 +315,12 @@ func TestQuantities(t *testing.T) {
 		"0": 0, "1024": 1024, "24GB": 24e9, "24GiB": 24 << 30, "1.5 gib": 3 << 29, "0.5KB": 500,
 		"1TiB": 1 << 40, "7B": 7, "2000000000000": 2e12,
 	} {
-		if got, err := parseSize(s); err != nil || got != want {
+		if got, err := ParseSize(s); err != nil || got != want {
 			t.Errorf("%s: %d, %v; want %d", s, got, err, want)
 		}
 	}
 	for _, s := range []string{"", "GB", "24G", "1.5", "-1", "1e9", "0x10", "1.2345678GB", "9999999999999TiB", "24GBps", "1..2GB"} {
-		if got, err := parseSize(s); err == nil {
+		if got, err := ParseSize(s); err == nil {
 			t.Errorf("%q: %d", s, got)
 		}
 	}
@@ -335,7 +335,7 @@ func TestQuantities(t *testing.T) {
 		}
 	}
 	for n, want := range map[int64]string{0: "0B", 1 << 30: "1GiB", 24e9: "24GB", 1500: "1500B", 3 << 20: "3MiB"} {
-		if got := formatSize(n); got != want {
+		if got := FormatSize(n); got != want {
 			t.Errorf("%d: %s, want %s", n, got, want)
 		}
 	}

@@ -690,7 +690,7 @@ func (d *decoder) size(n node) int64 {
 	if !ok {
 		return 0
 	}
-	v, err := parseSize(text)
+	v, err := ParseSize(text)
 	if err != nil {
 		d.fail(n, "%v", err)
 	}

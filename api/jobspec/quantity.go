@@ -36,8 +36,8 @@ var sizeUnits = []struct {
 	{"MiB", 1 << 20}, {"MB", 1e6}, {"KiB", 1 << 10}, {"kB", 1e3}, {"B", 1},
 }
 
-// parseSize reads "24GB", "1.5GiB" or a whole number of bytes.
-func parseSize(s string) (int64, error) {
+// ParseSize reads a size: "24GB", "1.5GiB" or a whole number of bytes.
+func ParseSize(s string) (int64, error) {
 	end := strings.LastIndexAny(s, "0123456789.") + 1
 	number, unit := s[:end], strings.TrimSpace(s[end:])
 	factor := uint64(1)
@@ -65,8 +65,9 @@ func parseSize(s string) (int64, error) {
 	return int64(n), nil
 }
 
-// formatSize is the size in the largest unit that divides it.
-func formatSize(n int64) string {
+// FormatSize writes a size in the largest unit that divides it, as ParseSize
+// reads it.
+func FormatSize(n int64) string {
 	for _, u := range sizeUnits {
 		if n != 0 && uint64(n)%u.bytes == 0 {
 			return strconv.FormatUint(uint64(n)/u.bytes, 10) + u.name

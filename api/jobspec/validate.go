@@ -372,10 +372,10 @@ func (c *checker) resources(r *musterpb.Resources) {
 		return
 	}
 	within(c, "resources.gpus", r.Gpus, 0, MaxGPUs, decimal)
-	within(c, "resources.min_vram", r.MinVramBytes, 0, MaxMemoryBytes, formatSize)
+	within(c, "resources.min_vram", r.MinVramBytes, 0, MaxMemoryBytes, FormatSize)
 	within(c, "resources.cpus", r.MilliCpus, 1, MaxMilliCPUs, formatMilli)
-	within(c, "resources.memory", r.MemoryBytes, MinMemoryBytes, MaxMemoryBytes, formatSize)
-	within(c, "resources.disk", r.DiskBytes, 1, MaxDiskBytes, formatSize)
+	within(c, "resources.memory", r.MemoryBytes, MinMemoryBytes, MaxMemoryBytes, FormatSize)
+	within(c, "resources.disk", r.DiskBytes, 1, MaxDiskBytes, FormatSize)
 	if n := len(r.GpuModels); n > MaxGPUModels {
 		c.failf("resources.gpu_models", "", "%d models; at most %d", n, MaxGPUModels)
 	}

@@ -713,7 +713,7 @@ type Verify struct {
 	Comparator    string                 `protobuf:"bytes,1,opt,name=comparator,proto3" json:"comparator,omitempty"`                            // "exact", "image"
 	RatePpm       uint32                 `protobuf:"varint,2,opt,name=rate_ppm,json=ratePpm,proto3" json:"rate_ppm,omitempty"`                  // chance that an item of a proven owner is checked
 	FailPpm       uint32                 `protobuf:"varint,3,opt,name=fail_ppm,json=failPpm,proto3" json:"fail_ppm,omitempty"`                  // image: a pixel differs when a channel differs by more
-	FailSharePpm  uint32                 `protobuf:"varint,4,opt,name=fail_share_ppm,json=failSharePpm,proto3" json:"fail_share_ppm,omitempty"` // image: share of pixels that may differ
+	FailSharePpm  uint32                 `protobuf:"varint,4,opt,name=fail_share_ppm,json=failSharePpm,proto3" json:"fail_share_ppm,omitempty"` // image: share of such pixels from which pictures differ
 	SameOwner     bool                   `protobuf:"varint,5,opt,name=same_owner,json=sameOwner,proto3" json:"same_owner,omitempty"`            // checks may run on another worker of the same owner
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

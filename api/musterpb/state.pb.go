@@ -647,6 +647,7 @@ type Device struct {
 	PowerMilliwatts    uint32                 `protobuf:"varint,10,opt,name=power_milliwatts,json=powerMilliwatts,proto3" json:"power_milliwatts,omitempty"`
 	UtilizationPercent uint32                 `protobuf:"varint,11,opt,name=utilization_percent,json=utilizationPercent,proto3" json:"utilization_percent,omitempty"`
 	Unhealthy          string                 `protobuf:"bytes,12,opt,name=unhealthy,proto3" json:"unhealthy,omitempty"`
+	ParentUuid         string                 `protobuf:"bytes,13,opt,name=parent_uuid,json=parentUuid,proto3" json:"parent_uuid,omitempty"` // the physical GPU of a MIG slice
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
 }
@@ -761,6 +762,13 @@ func (x *Device) GetUtilizationPercent() uint32 {
 func (x *Device) GetUnhealthy() string {
 	if x != nil {
 		return x.Unhealthy
+	}
+	return ""
+}
+
+func (x *Device) GetParentUuid() string {
+	if x != nil {
+		return x.ParentUuid
 	}
 	return ""
 }
@@ -2945,7 +2953,7 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x03tip\x18\x05 \x01(\fR\x03tip\x12\x18\n" +
 	"\areveals\x18\x06 \x01(\x04R\areveals\x12\x1f\n" +
 	"\vleft_reason\x18\a \x01(\tR\n" +
-	"leftReason\"\x91\x03\n" +
+	"leftReason\"\xb2\x03\n" +
 	"\x06Device\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12\x12\n" +
 	"\x04uuid\x18\x02 \x01(\tR\x04uuid\x12\x12\n" +
@@ -2959,7 +2967,9 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x10power_milliwatts\x18\n" +
 	" \x01(\rR\x0fpowerMilliwatts\x12/\n" +
 	"\x13utilization_percent\x18\v \x01(\rR\x12utilizationPercent\x12\x1c\n" +
-	"\tunhealthy\x18\f \x01(\tR\tunhealthy\"\xf4\x01\n" +
+	"\tunhealthy\x18\f \x01(\tR\tunhealthy\x12\x1f\n" +
+	"\vparent_uuid\x18\r \x01(\tR\n" +
+	"parentUuid\"\xf4\x01\n" +
 	"\bCapacity\x12\x1d\n" +
 	"\n" +
 	"milli_cpus\x18\x01 \x01(\x03R\tmilliCpus\x12!\n" +

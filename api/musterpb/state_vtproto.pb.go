@@ -109,6 +109,7 @@ func (m *Device) CloneVT() *Device {
 	r.PowerMilliwatts = m.PowerMilliwatts
 	r.UtilizationPercent = m.UtilizationPercent
 	r.Unhealthy = m.Unhealthy
+	r.ParentUuid = m.ParentUuid
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -947,6 +948,9 @@ func (this *Device) EqualVT(that *Device) bool {
 		return false
 	}
 	if this.Unhealthy != that.Unhealthy {
+		return false
+	}
+	if this.ParentUuid != that.ParentUuid {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -2417,6 +2421,13 @@ func (m *Device) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if len(m.ParentUuid) > 0 {
+		i -= len(m.ParentUuid)
+		copy(dAtA[i:], m.ParentUuid)
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.ParentUuid)))
+		i--
+		dAtA[i] = 0x6a
 	}
 	if len(m.Unhealthy) > 0 {
 		i -= len(m.Unhealthy)
@@ -4650,6 +4661,10 @@ func (m *Device) SizeVT() (n int) {
 	if l > 0 {
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
+	l = len(m.ParentUuid)
+	if l > 0 {
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -6480,6 +6495,38 @@ func (m *Device) UnmarshalVT(dAtA []byte) error {
 				return io.ErrUnexpectedEOF
 			}
 			m.Unhealthy = string(dAtA[iNdEx:postIndex])
+			iNdEx = postIndex
+		case 13:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ParentUuid", wireType)
+			}
+			var stringLen uint64
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				stringLen |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			intStringLen := int(stringLen)
+			if intStringLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + intStringLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.ParentUuid = string(dAtA[iNdEx:postIndex])
 			iNdEx = postIndex
 		default:
 			iNdEx = preIndex

@@ -50,8 +50,9 @@ func (s *Server) authenticate(header string) (*musterpb.Key, error) {
 	if key != nil {
 		return key, nil
 	}
-	if s.State.Cluster() == "" {
-		return nil, api.Errorf(api.Unavailable, "this scheduler has not joined its cluster yet")
+	// A scheduler that was away may not have heard of the newest keys.
+	if s.State.Cluster() == "" || s.Scheduler.CheckRead() != nil {
+		return nil, api.Errorf(api.Unavailable, "this scheduler can't tell for its cluster whether the API key is known; ask another one, or later")
 	}
 	return nil, api.Errorf(api.Unauthenticated, "the API key %.12s… is not known to this cluster", text)
 }

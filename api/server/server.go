@@ -86,7 +86,7 @@ func (s *Server) Handler() http.Handler {
 	}
 	mux := http.NewServeMux()
 	path, muster := musterpbconnect.NewMusterHandler(s, options...)
-	mux.Handle(path, s.authenticated(s.forwarded(muster)))
+	mux.Handle(path, s.forwarded(s.authenticated(muster))) // the leader knows every key
 	path, sessions := musterpbconnect.NewSessionsHandler((*sessionService)(s), options...)
 	mux.Handle(path, s.authenticated(sessions))
 	path, peers := musterpbconnect.NewPeersHandler((*peerService)(s), options...)
@@ -121,7 +121,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		BaseContext: func(net.Listener) context.Context { return ctx },
 		ErrorLog:    slog.NewLogLogger(s.Logger.Handler(), slog.LevelDebug),
 	}
+	down := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
+		defer close(down)
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 		defer cancel()
 		if srv.Shutdown(grace) != nil {
@@ -132,6 +134,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
+	<-down // what the calls use is closed next
 	return nil
 }
 

@@ -290,7 +290,8 @@ func jobError(job *musterpb.Job) error {
 	if job.State == musterpb.JobState_JOB_STATE_VERIFIED {
 		return nil
 	}
-	return api.Errorf(api.Conflict, "job %s is %s: %s", job.Id, state.StateName(job.State), job.Reason)
+	what := map[musterpb.JobState]string{musterpb.JobState_JOB_STATE_FAILED: "failed", musterpb.JobState_JOB_STATE_CANCELLED: "was cancelled"}[job.State]
+	return api.Errorf(api.Conflict, "job %s %s: %s", job.Id, what, job.Reason)
 }
 
 // watch shows progress until the job is settled. A broken stream is dialled
@@ -319,7 +320,7 @@ func watch(ctx context.Context, g *globals, c *client.Client, id string, w io.Wr
 			return nil, err
 		}
 		if failures++; failures > 40 {
-			return nil, api.Errorf(api.Unavailable, "watching %s: %w", id, err)
+			return nil, api.Errorf(api.Unavailable, "watching %s: %w", id, api.FromConnect(err))
 		}
 		select {
 		case <-ctx.Done():

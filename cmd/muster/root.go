@@ -73,31 +73,35 @@ func newRoot() *cobra.Command {
 
 // strictArgs makes wrong arguments a usage error, everywhere.
 func strictArgs(cmd *cobra.Command) {
-	if check := cmd.Args; check != nil {
-		cmd.Args = func(c *cobra.Command, args []string) error {
-			if err := check(c, args); err != nil {
-				return &usageError{err}
-			}
-			return nil
-		}
-	} else if cmd.HasSubCommands() {
-		cmd.Args = func(c *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				msg := fmt.Sprintf("unknown command %q for %q", args[0], c.CommandPath())
-				if s := c.SuggestionsFor(args[0]); len(s) > 0 {
-					msg += fmt.Sprintf("; did you mean %q?", s[0])
-				}
-				return usagef("%s", msg)
-			}
-			return nil
-		}
+	cmd.DisableFlagsInUseLine, cmd.SuggestionsMinimumDistance = true, 2
+	if cmd.HasSubCommands() {
+		cmd.Args = knownCommand
 		if cmd.RunE == nil {
 			cmd.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
+		}
+	} else if check := cmd.Args; check != nil {
+		cmd.Args = func(c *cobra.Command, args []string) error {
+			if check(c, args) != nil {
+				return usagef("wrong number of arguments, %d; want: %s", len(args), c.UseLine())
+			}
+			return nil
 		}
 	}
 	for _, sub := range cmd.Commands() {
 		strictArgs(sub)
 	}
+}
+
+// knownCommand refuses a command that does not exist.
+func knownCommand(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	suggestion := ""
+	if s := c.SuggestionsFor(args[0]); len(s) > 0 {
+		suggestion = fmt.Sprintf("; did you mean %q?", c.CommandPath()+" "+s[0])
+	}
+	return usagef("unknown command %q%s", c.CommandPath()+" "+args[0], suggestion)
 }
 
 func envOr(name, otherwise string) string {

@@ -3,14 +3,17 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/jobspec"
 	"github.com/musternet/muster/cmd/muster/node"
 	"github.com/musternet/muster/gpu/nvml"
 	"github.com/musternet/muster/scheduler"
@@ -74,22 +77,15 @@ network or on loopback.`,
 }
 
 func nextPort(listen string) (string, error) {
-	host, port, ok := cutLast(listen, ":")
-	var n int
-	if _, err := fmt.Sscanf(port, "%d", &n); !ok || err != nil || n < 0 || n > 65534 {
+	host, port, err := net.SplitHostPort(listen)
+	n, atoi := strconv.Atoi(port)
+	if err != nil || atoi != nil || n < 0 || n > 65534 {
 		return "", usagef("--listen %q: want host:port", listen)
 	}
 	if n > 0 {
 		n++
 	}
-	return fmt.Sprintf("%s:%d", host, n), nil
-}
-
-func cutLast(s, sep string) (before, after string, found bool) {
-	if i := strings.LastIndex(s, sep); i >= 0 {
-		return s[:i], s[i+len(sep):], true
-	}
-	return s, "", false
+	return net.JoinHostPort(host, strconv.Itoa(n)), nil
 }
 
 func newWorker(g *globals) *cobra.Command {
@@ -126,8 +122,11 @@ the YAML file --config (price: "0.40").`,
 				flag, text string
 				to         *int64
 			}{{"memory", memory, &c.MemoryBytes}, {"disk", disk, &c.DiskBytes}, {"cache", cache, &c.CacheBytes}} {
-				if *size.to, err = parseBytes(size.text); err != nil {
-					return usagef("--%s: %w", size.flag, err)
+				if size.text == "" {
+					continue
+				}
+				if *size.to, err = jobspec.ParseSize(size.text); err != nil {
+					return usagef("--%s %q: %w", size.flag, size.text, err)
 				}
 			}
 			c.MilliCPUs, c.Key, c.Logger, c.Detector = int64(cpus*1000), g.key, g.logger(slog.LevelInfo), nvml.New(nvml.Options{})
@@ -155,28 +154,6 @@ the YAML file --config (price: "0.40").`,
 	f.StringSliceVar(&c.Cheat, "cheat", nil, "cheat, to watch it being caught: "+node.CheatKinds())
 	cmd.AddCommand(newWorkerList(g), newWorkerShow(g), newWorkerDrain(g))
 	return cmd
-}
-
-// parseBytes reads a size such as 24GB, 16GiB or 1000; empty is 0.
-func parseBytes(s string) (int64, error) {
-	if s == "" {
-		return 0, nil
-	}
-	number, unit := s, int64(1)
-	for _, u := range []struct {
-		suffix string
-		size   int64
-	}{{"TiB", 1 << 40}, {"GiB", 1 << 30}, {"MiB", 1 << 20}, {"KiB", 1 << 10}, {"TB", 1e12}, {"GB", 1e9}, {"MB", 1e6}, {"kB", 1e3}} {
-		if n, ok := strings.CutSuffix(s, u.suffix); ok {
-			number, unit = n, u.size
-			break
-		}
-	}
-	var n float64
-	if _, err := fmt.Sscanf(strings.TrimSpace(number), "%g", &n); err != nil || n < 0 || n*float64(unit) > 1<<60 {
-		return 0, fmt.Errorf("size %q: want a number with a unit, such as 24GB or 16GiB", s)
-	}
-	return int64(n * float64(unit)), nil
 }
 
 func newDev(g *globals) *cobra.Command {

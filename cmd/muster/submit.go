@@ -113,6 +113,10 @@ func prepare(ctx context.Context, c *client.Client, path, imageFile string, prog
 func prepareImage(ctx context.Context, c *client.Client, file *jobspec.File, progress io.Writer) (*musterpb.Image, error) {
 	if file.ImagePath == "" {
 		pinned, platforms, err := image.Resolve(ctx, file.ImageName)
+		if api.KindOf(err) == api.Unavailable {
+			// To scripts, unavailable means the schedulers.
+			return nil, api.Errorf(api.Internal, "%w", err)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -204,5 +208,7 @@ func printImage(w io.Writer, path string, info image.Info) {
 	row(w, "digest", info.Digest)
 	row(w, "bytes", info.Bytes)
 	row(w, "platforms", strings.Join(info.Platforms, ", "))
-	row(w, "entrypoint", strings.Join(info.Entrypoint, " "))
+	if len(info.Entrypoint) > 0 {
+		row(w, "entrypoint", strings.Join(info.Entrypoint, " "))
+	}
 }

@@ -215,8 +215,8 @@ func (l *Ledger) check(e Entry) error {
 	if have := l.accounts[e.Debit].Available(); e.Debit != External && have < e.Amount {
 		return api.Errorf(api.Exhausted, "%s has %s available, %s is needed", e.Debit, have, e.Amount)
 	}
-	// Far from overflow: the world holds less than 2^62 micro-USD, and deposits are bounded.
-	if l.accounts[e.Credit].Balance > 1<<61 || l.accounts[External].Balance < -(1<<61) {
+	// Far from overflow: the world holds less than 2^62 micro-USD.
+	if e.Amount > 1<<61 || l.accounts[e.Credit].Balance > 1<<61 || l.accounts[External].Balance < -(1<<61) {
 		return api.Errorf(api.Exhausted, "%s: the ledger is full", e.Credit)
 	}
 	return nil

@@ -14,6 +14,10 @@ import (
 // or of a check when run is given. It takes nothing from the workers.
 func Explain(nowUnixMS int64, workers []*Worker, job *musterpb.Job, run *state.WantedRun) *musterpb.ExplainJobResponse {
 	out := &musterpb.ExplainJobResponse{Workers: uint32(len(workers))}
+	if run != nil && run.Unpaid != "" {
+		out.Summary = run.Unpaid
+		return out
+	}
 	counts := map[reason]uint32{}
 	for _, w := range workers {
 		if r := reject(nowUnixMS, job, run, w); r != nil {

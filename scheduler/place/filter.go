@@ -22,6 +22,14 @@ func because(one, many string, args ...any) *reason {
 // attempt now. run is nil for work. What can't change comes before what can,
 // so that the reason given is the one that matters most.
 func reject(nowUnixMS int64, job *musterpb.Job, run *state.WantedRun, w *Worker) *reason {
+	if r := rejectEver(job, run, w); r != nil {
+		return r
+	}
+	return rejectNow(nowUnixMS, job.Spec.Resources, w)
+}
+
+// rejectEver leaves out what changes by itself, when other work ends.
+func rejectEver(job *musterpb.Job, run *state.WantedRun, w *Worker) *reason {
 	if !w.Connected {
 		return because("is not connected", "are not connected")
 	}
@@ -33,7 +41,6 @@ func reject(nowUnixMS int64, job *musterpb.Job, run *state.WantedRun, w *Worker)
 		func() *reason { return rejectDevices(job.Spec.Resources, w) },
 		func() *reason { return rejectMachine(job.Spec, w) },
 		func() *reason { return rejectChecker(job.Spec, run, w) },
-		func() *reason { return rejectNow(nowUnixMS, job.Spec.Resources, w) },
 	} {
 		if r := check(); r != nil {
 			return r

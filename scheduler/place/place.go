@@ -144,9 +144,12 @@ func next(in *Input, q *queue) (Placement, bool) {
 				return p, true
 			}
 		}
-		if len(w.Tasks) > 0 {
+		for len(w.Tasks) > 0 {
 			task := w.Tasks[0]
 			w.Tasks = w.Tasks[1:]
+			if awaitsOwner(in, w.Job, task) {
+				continue
+			}
 			if p, ok := placeTask(in, w.Job, task); ok {
 				return p, true
 			}
@@ -175,21 +178,47 @@ func placeTask(in *Input, job *musterpb.Job, task *musterpb.Task) (Placement, bo
 	return take(job, task.Number, nil, best), true
 }
 
+// awaitsOwner reports whether a task that failed should wait for another owner
+// who is only busy. The same owner again would burn a retry, and could not show
+// that the job is at fault: for that it has to fail in the same way elsewhere.
+func awaitsOwner(in *Input, job *musterpb.Job, task *musterpb.Task) bool {
+	if task.Failures == 0 {
+		return false
+	}
+	busy := false
+	for _, w := range in.Workers {
+		if slices.Contains(task.AvoidOwners, w.Owner) {
+			continue
+		}
+		if reject(in.NowUnixMS, job, nil, w) == nil {
+			return false
+		}
+		busy = busy || rejectEver(job, nil, w) == nil
+	}
+	return busy
+}
+
 // placeRun draws a checker among those that could run now, by a lottery that
-// follows from the seed of the target's batch.
+// follows from the seed of the target's batch. Owners who tried before and did
+// not deliver draw only where nobody else does.
 func placeRun(in *Input, job *musterpb.Job, run *state.WantedRun) (Placement, bool) {
+	if run.Unpaid != "" {
+		return Placement{}, false
+	}
 	var seed []byte
 	if in.Seed != nil {
 		seed = in.Seed(run.Parties[0].Batch)
 	}
 	var best *Worker
+	var bestTried bool
 	var bestLot uint64
 	for _, w := range in.Workers {
 		if reject(in.NowUnixMS, job, run, w) != nil {
 			continue
 		}
-		if lot := checkerLot(seed, run.Check.Id, w.Id); best == nil || lot < bestLot {
-			best, bestLot = w, lot
+		tried, lot := slices.Contains(run.Tried, w.Owner), checkerLot(seed, run.Check.Id, w.Id)
+		if best == nil || (bestTried && !tried) || (bestTried == tried && lot < bestLot) {
+			best, bestTried, bestLot = w, tried, lot
 		}
 	}
 	if best == nil {

@@ -12,17 +12,43 @@ import (
 
 const hourMS = 3_600_000
 
+// live reports whether the attempt's hold is open: it may yet be paid.
+func live(s musterpb.AttemptState) bool {
+	return running(s) || s == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED
+}
+
 // running reports whether a worker may be busy with the attempt.
 func running(s musterpb.AttemptState) bool {
 	return s == musterpb.AttemptState_ATTEMPT_STATE_PLACED || s == musterpb.AttemptState_ATTEMPT_STATE_RUNNING
 }
 
+// maxMoney is what a product that no account can pay counts as: comparisons
+// with it come out right, and sums of a few stay far from overflow.
+const maxMoney api.MicroUSD = 1 << 60
+
 // Cost is the price of some time, rounded up to a micro-dollar.
 func Cost(perHour api.MicroUSD, ms int64) api.MicroUSD {
 	hi, lo := bits.Mul64(uint64(max(perHour, 0)), uint64(max(ms, 0)))
 	lo, carry := bits.Add64(lo, hourMS-1, 0)
-	q, _ := bits.Div64(hi+carry, lo, hourMS)
-	return api.MicroUSD(q)
+	if hi += carry; hi >= hourMS {
+		return maxMoney // the quotient has more than 64 bits
+	}
+	q, _ := bits.Div64(hi, lo, hourMS)
+	return api.MicroUSD(min(q, uint64(maxMoney)))
+}
+
+// times is amount·n for amounts that are not negative.
+func times(amount api.MicroUSD, n uint64) api.MicroUSD {
+	hi, lo := bits.Mul64(uint64(amount), n)
+	if hi > 0 || lo > uint64(maxMoney) {
+		return maxMoney
+	}
+	return api.MicroUSD(lo)
+}
+
+// fee is the network's share of an amount, rounded down.
+func fee(amount api.MicroUSD) api.MicroUSD {
+	return amount/1_000_000*FeePPM + amount%1_000_000*FeePPM/1_000_000
 }
 
 // Units is how many times the hourly price an attempt costs: one per GPU, and
@@ -46,6 +72,11 @@ func (s *State) placeAttempt(c *musterpb.PlaceAttempt) (string, error) {
 	case uint32(len(c.Devices)) != job.Spec.Resources.GetGpus():
 		return "", api.Errorf(api.Invalid, "attempt %s has %d devices, the job needs %d", c.Attempt, len(c.Devices), job.Spec.Resources.GetGpus())
 	}
+	for _, d := range c.Devices {
+		if !slices.ContainsFunc(worker.Capacity.Devices, func(have *musterpb.Device) bool { return have.Uuid == d }) {
+			return "", api.Errorf(api.Conflict, "worker %s has no device %s (any more)", c.Worker, d)
+		}
+	}
 	if busy := s.busyDevice(c.Worker, c.Devices); busy != "" {
 		return "", api.Errorf(api.Conflict, "device %s of worker %s is in use", busy, c.Worker)
 	}
@@ -65,7 +96,7 @@ func (s *State) placeWork(job *musterpb.Job, a *musterpb.Attempt) error {
 	if Ended(job.State) || job.State == musterpb.JobState_JOB_STATE_PAUSED {
 		return api.Errorf(api.Conflict, "job %s is %s", job.Id, StateName(job.State))
 	}
-	fresh := job.CloneVT()
+	fresh := copyJob(job)
 	if at := slices.Index(fresh.Requeued, a.Task); at >= 0 {
 		fresh.Requeued = slices.Delete(fresh.Requeued, at, at+1)
 	} else if a.Task == fresh.NextTask && a.Task < fresh.Tasks {
@@ -90,11 +121,12 @@ func (s *State) placeWork(job *musterpb.Job, a *musterpb.Attempt) error {
 	return nil
 }
 
-// affords checks that the budget covers an attempt and, for it and for all that
-// is under way, one check at the job's own price limit. Without that reserve a
-// job could spend everything on results that it then can't have judged.
+// affords checks that the budget covers an attempt and, for it and for every
+// other result whose check is still to come, one check at the job's own price
+// limit. Without that reserve a job could spend everything on results that it
+// then can't have judged.
 func (s *State) affords(job *musterpb.Job, a *musterpb.Attempt) error {
-	need := api.MicroUSD(a.HoldMicroUsd) + attemptLimit(job.Spec)*api.MicroUSD(job.LiveAttempts+1)
+	need := api.MicroUSD(a.HoldMicroUsd) + times(attemptLimit(job.Spec), uint64(s.due[job.Id])+1)
 	if free := s.ledger.Account(ledger.OfJob(job.Id)).Available(); free < need {
 		return api.Errorf(api.Exhausted, "%s of the budget is free, and another attempt with the checks that are due may cost up to %s; wait, or add to the budget with: muster job fund %s AMOUNT",
 			free, need, job.Id)
@@ -104,7 +136,7 @@ func (s *State) affords(job *musterpb.Job, a *musterpb.Attempt) error {
 
 // attemptLimit is the most that one attempt of a job can cost.
 func attemptLimit(spec *musterpb.JobSpec) api.MicroUSD {
-	return max(Cost(api.MicroUSD(spec.MaxPriceMicroUsdPerHour*Units(spec.Resources)), spec.TimeoutMs), 1)
+	return max(Cost(times(api.MicroUSD(spec.MaxPriceMicroUsdPerHour), uint64(Units(spec.Resources))), spec.TimeoutMs), 1)
 }
 
 // LeastBudget is the least with which a job can do anything: one attempt, and
@@ -115,7 +147,7 @@ func (s *State) pause(job *musterpb.Job, reason string) {
 	if Ended(job.State) {
 		return
 	}
-	paused := job.CloneVT()
+	paused := copyJob(job)
 	paused.State, paused.Reason = musterpb.JobState_JOB_STATE_PAUSED, reason
 	s.setJob(paused)
 }
@@ -164,23 +196,18 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 		return a.Id, nil // the leader compares next
 	}
 	task := s.task(a.Job, a.Task)
-	for _, other := range task.Attempts {
-		if o := s.attempts[other]; other != a.Id && running(o.State) {
-			s.closeAttempt(o, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "another attempt of the task was faster")
-		}
-	}
 	task.State, task.Result = musterpb.TaskState_TASK_STATE_PROVISIONAL, a.Id
 	s.setTask(task)
 	s.changeJob(a.Job, func(job *musterpb.Job) {
-		job.ItemsCommitted += uint64(len(s.itemsOf(a)))
+		job.ItemsCommitted += countItems(job, a.Task)
 		job.Requeued = slices.DeleteFunc(job.Requeued, func(n uint32) bool { return n == a.Task })
 	})
-	s.openBatch = append(slices.Clip(s.openBatch), a.Id)
+	s.openBatch = append(s.openBatch, a.Id)
 	return a.Id, nil
 }
 
 // reviveLost lets the late result of a lost attempt count where none came
-// first, and holds its price again.
+// first. It ends the attempt that took its place, and holds the price again.
 func (s *State) reviveLost(a *musterpb.Attempt) error {
 	job := s.jobs[a.Job]
 	if a.Check != "" {
@@ -189,13 +216,27 @@ func (s *State) reviveLost(a *musterpb.Attempt) error {
 	if Ended(job.State) {
 		return api.Errorf(api.Conflict, "attempt %s comes too late: the job is %s", a.Id, StateName(job.State))
 	}
-	if task := s.tasks[taskKey{a.Job, a.Task}]; task.Result != "" {
+	task := s.tasks[taskKey{a.Job, a.Task}]
+	if task.Result != "" {
 		return api.Errorf(api.Conflict, "attempt %s comes too late: attempt %s of its task was committed first", a.Id, task.Result)
 	}
-	fresh := a.CloneVT()
-	if err := s.hold(fresh, ledger.OfJob(a.Job)); err != nil {
-		return err
+	// The late result needs what any attempt needs, and gets what its
+	// replacement, of which there is one at most, has held and had in reserve.
+	free, due := s.ledger.Account(ledger.OfJob(a.Job)).Available(), s.due[a.Job]
+	var replacement *musterpb.Attempt
+	for _, id := range task.Attempts {
+		if o := s.attempts[id]; running(o.State) {
+			replacement, free, due = o, free+api.MicroUSD(o.HoldMicroUsd), due-1
+		}
 	}
+	if free < api.MicroUSD(a.HoldMicroUsd)+times(attemptLimit(job.Spec), uint64(due)+1) {
+		return api.Errorf(api.Exhausted, "attempt %s comes too late: other tasks use the budget of job %s by now", a.Id, a.Job)
+	}
+	if replacement != nil {
+		s.closeAttempt(replacement, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "another attempt of the task was faster")
+	}
+	fresh := a.CloneVT()
+	must(s.hold(fresh, ledger.OfJob(a.Job)))
 	s.setAttempt(fresh)
 	s.changeJob(a.Job, func(job *musterpb.Job) { job.LiveAttempts++ })
 	return nil
@@ -219,11 +260,14 @@ func (s *State) endAttempt(c *musterpb.EndAttempt) (string, error) {
 	marked.Blame, marked.ExitCode, marked.LogDigest = c.Blame, c.ExitCode, c.LogDigest
 	s.setAttempt(marked)
 	s.closeAttempt(marked, c.State, c.Reason)
-	if c.Blame == musterpb.Blame_BLAME_WORKER || c.State == musterpb.AttemptState_ATTEMPT_STATE_LOST {
+	switch {
+	case c.Blame == musterpb.Blame_BLAME_WORKER || c.State == musterpb.AttemptState_ATTEMPT_STATE_LOST:
 		s.failedWorker(a.Worker, false)
+	case c.Blame != musterpb.Blame_BLAME_JOB && c.State == musterpb.AttemptState_ATTEMPT_STATE_FAILED:
+		s.restWorker(a.Worker) // what stopped it is likely to stop the next one
 	}
 	if a.Check != "" {
-		s.lostCheckRun(a, c.State)
+		s.failedCheckRun(s.attempts[a.Id])
 		return a.Id, nil
 	}
 	s.failedWork(marked, c)
@@ -253,7 +297,7 @@ func (s *State) failedWork(a *musterpb.Attempt, c *musterpb.EndAttempt) {
 	}
 	s.requeue(task)
 	if reason := s.outOfRetries(task, sameElsewhere, c.Reason); reason != "" {
-		s.endJob(s.jobs[a.Job].CloneVT(), musterpb.JobState_JOB_STATE_FAILED, reason)
+		s.endJob(copyJob(s.jobs[a.Job]), musterpb.JobState_JOB_STATE_FAILED, reason)
 	}
 }
 
@@ -293,7 +337,7 @@ func (s *State) payAttempt(a *musterpb.Attempt, reason string) {
 	if amount == 0 {
 		must(s.ledger.Void(a.Hold, s.now, "free of charge"))
 	} else {
-		must(s.ledger.Post(a.Hold, s.now, amount, amount*FeePPM/1_000_000, reason))
+		must(s.ledger.Post(a.Hold, s.now, amount, fee(amount), reason))
 	}
 	paid := before - s.ledger.Account(a.Payer).Balance
 	fresh := a.CloneVT()
@@ -322,13 +366,52 @@ func (s *State) finishAttempt(a *musterpb.Attempt, state musterpb.AttemptState, 
 }
 
 func (s *State) addAttempt(a *musterpb.Attempt) {
-	s.byJob[a.Job] = append(slices.Clip(s.byJob[a.Job]), a.Id)
+	// Appending leaves alone what a snapshot sees of the slice.
+	s.byJob[a.Job] = append(s.byJob[a.Job], a.Id)
 	s.setAttempt(a)
 }
 
-// setAttempt stores an attempt and keeps the index of what workers run.
+// resultOf is the attempt that a check run examines, and for work itself.
+func (s *State) resultOf(a *musterpb.Attempt) string {
+	if a.Check != "" {
+		return s.checks[a.Check].Target
+	}
+	return a.Id
+}
+
+// owed is 1 for a result that may yet be paid and whose check has no run.
+func (s *State) owed(result string) int {
+	a := s.attempts[result]
+	if a == nil || !live(a.State) {
+		return 0
+	}
+	if check := s.checks[checkID(result)]; check != nil {
+		for _, id := range check.Runs {
+			if live(s.attempts[id].State) {
+				return 0
+			}
+		}
+	}
+	return 1
+}
+
+func (s *State) countDue(job string, change int) {
+	if s.due[job] += change; s.due[job] == 0 {
+		delete(s.due, job)
+	}
+}
+
+// setAttempt stores an attempt and keeps the indexes of what workers run and of
+// the checks that are due.
 func (s *State) setAttempt(a *musterpb.Attempt) {
+	result := s.resultOf(a)
+	before := s.owed(result)
 	s.attempts[a.Id] = a
+	s.countDue(a.Job, s.owed(result)-before)
+	s.indexLive(a)
+}
+
+func (s *State) indexLive(a *musterpb.Attempt) {
 	live := s.liveByWorker[a.Worker]
 	if running(a.State) {
 		if live == nil {

@@ -143,8 +143,16 @@ func (s *State) draw(batch *musterpb.Batch) {
 	}
 }
 
+// setCheck stores a check and keeps the indexes of open ones and of those that
+// are due.
 func (s *State) setCheck(c *musterpb.Check) {
+	before := s.owed(c.Target)
 	s.checks[c.Id] = c
+	s.countDue(c.Job, s.owed(c.Target)-before)
+	s.indexOpen(c)
+}
+
+func (s *State) indexOpen(c *musterpb.Check) {
 	if c.Verdict == musterpb.Verdict_VERDICT_UNSPECIFIED || c.Verdict == musterpb.Verdict_VERDICT_AWAITING_DATA {
 		s.openChecks[c.Id] = struct{}{}
 	} else {
@@ -166,11 +174,17 @@ func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) err
 		return api.Errorf(api.Conflict, "check %s needs no further run", check.Id)
 	}
 	target := s.attempts[check.Target]
+	if a.Task != target.Task {
+		return api.Errorf(api.Invalid, "check %s is of task %d, not of task %d", check.Id, target.Task, a.Task)
+	}
 	if a.Class != target.Class {
 		return api.Errorf(api.Invalid, "check %s needs hardware class %s, worker %s is %s", check.Id, target.Class, a.Worker, a.Class)
 	}
 	for _, id := range append([]string{check.Target}, check.Runs...) {
 		o := s.attempts[id]
+		if !live(o.State) {
+			continue // it ended without a result
+		}
 		if o.Worker == a.Worker {
 			return api.Errorf(api.Denied, "worker %s has a part in check %s already", a.Worker, check.Id)
 		}
@@ -179,14 +193,14 @@ func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) err
 		}
 	}
 	a.Items = check.Items
-	payer := ledger.OfJob(c.Job)
-	if len(check.Comparisons) > 0 && s.ledger.Account(ledger.Network).Available() >= api.MicroUSD(a.HoldMicroUsd) {
-		payer = ledger.Network // a dispute is not the customer's fault
-	}
-	if err := s.hold(a, payer); err != nil {
-		s.pause(s.jobs[c.Job], fmt.Sprintf("a check may cost up to %s: %v; add to the budget with: muster job fund %s AMOUNT", api.MicroUSD(a.HoldMicroUsd), err, c.Job))
+	payer := s.payerOf(check, api.MicroUSD(a.HoldMicroUsd))
+	if payer == "" {
+		err := api.Errorf(api.Exhausted, "%s of the budget is free, and the check of a result may cost up to %s; wait, or add to the budget with: muster job fund %s AMOUNT",
+			s.ledger.Account(ledger.OfJob(c.Job)).Available(), api.MicroUSD(a.HoldMicroUsd), c.Job)
+		s.pause(s.jobs[c.Job], err.Error())
 		return err
 	}
+	must(s.hold(a, payer))
 	s.addAttempt(a)
 	fresh := check.CloneVT()
 	fresh.Runs = append(fresh.Runs, a.Id)
@@ -201,40 +215,53 @@ func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) err
 	return nil
 }
 
-// lostCheckRun takes a run that ended without a result out of its check; too
-// many of them, and the check is given up.
-func (s *State) lostCheckRun(a *musterpb.Attempt, state musterpb.AttemptState) {
-	check := s.checks[a.Check].CloneVT()
-	check.Runs = slices.DeleteFunc(check.Runs, func(id string) bool { return id == a.Id })
-	if state == musterpb.AttemptState_ATTEMPT_STATE_FAILED {
-		check.FailedRuns++
+// payerOf is who can pay for a run of a check: a dispute is not the customer's
+// fault, so the network does as far as its fund reaches. Empty is nobody.
+func (s *State) payerOf(check *musterpb.Check, amount api.MicroUSD) string {
+	if len(check.Comparisons) > 0 && s.ledger.Account(ledger.Network).Available() >= amount {
+		return ledger.Network
 	}
+	if s.ledger.Account(ledger.OfJob(check.Job)).Available() >= amount {
+		return ledger.OfJob(check.Job)
+	}
+	return ""
+}
+
+// failedCheckRun counts a run that failed, other than by the network's fault;
+// too many of them, and the check is given up.
+func (s *State) failedCheckRun(a *musterpb.Attempt) {
+	if a.Blame == musterpb.Blame_BLAME_NETWORK || a.State != musterpb.AttemptState_ATTEMPT_STATE_FAILED {
+		return
+	}
+	check := s.checks[a.Check].CloneVT()
+	check.FailedRuns++
 	s.setCheck(check)
-	if _, open := s.openChecks[check.Id]; open && check.FailedRuns >= verify.MaxRuns {
-		s.inconclusive(check, fmt.Sprintf("%d runs on other owners' machines failed; last: %s", check.FailedRuns, s.attempts[a.Id].Reason))
+	if check.FailedRuns >= verify.MaxRuns {
+		s.inconclusive(check, fmt.Sprintf("%d runs on other owners' machines failed; last: %s", check.FailedRuns, a.Reason))
 	}
 }
 
 // runsWanted is how many further runs a check can use now.
 func (s *State) runsWanted(check *musterpb.Check) int {
-	committed, live := s.runsOf(check)
+	committed, underWay := s.runsOf(check)
 	if len(verify.MissingPairs(check.Target, committed, check.Comparisons)) > 0 {
 		return 0 // the comparison comes first
 	}
-	return verify.Decide(check.Target, committed, check.Comparisons).MoreRuns - live
+	return verify.Decide(check.Target, committed, check.Comparisons).MoreRuns - underWay
 }
 
 // runsOf splits a check's runs into those with a result and a count of those
-// still under way.
-func (s *State) runsOf(check *musterpb.Check) (committed []string, live int) {
+// still under way; others ended without one.
+func (s *State) runsOf(check *musterpb.Check) (committed []string, underWay int) {
 	for _, id := range check.Runs {
-		if s.attempts[id].State == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
+		switch state := s.attempts[id].State; {
+		case state == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED:
 			committed = append(committed, id)
-		} else {
-			live++
+		case running(state):
+			underWay++
 		}
 	}
-	return committed, live
+	return committed, underWay
 }
 
 func (s *State) recordComparisons(c *musterpb.RecordComparisons) (string, error) {
@@ -247,13 +274,16 @@ func (s *State) recordComparisons(c *musterpb.RecordComparisons) (string, error)
 	}
 	committed, _ := s.runsOf(check)
 	missing := verify.MissingPairs(check.Target, committed, check.Comparisons)
+	wanted := len(missing)
 	for _, cmp := range c.Comparisons {
-		if !slices.Contains(missing, [2]string{cmp.A, cmp.B}) {
+		at := slices.Index(missing, [2]string{cmp.A, cmp.B})
+		if at < 0 {
 			return "", api.Errorf(api.Conflict, "check %s: the comparison of %s with %s is not wanted", c.Check, cmp.A, cmp.B)
 		}
+		missing = slices.Delete(missing, at, at+1) // each once
 	}
-	if len(c.Comparisons) != len(missing) {
-		return "", api.Errorf(api.Conflict, "check %s: %d comparisons where %d are wanted", c.Check, len(c.Comparisons), len(missing))
+	if wanted == 0 || len(missing) > 0 {
+		return "", api.Errorf(api.Conflict, "check %s: %d comparisons where %d are wanted", c.Check, len(c.Comparisons), wanted)
 	}
 	fresh := check.CloneVT()
 	fresh.Comparisons = append(fresh.Comparisons, c.Comparisons...)
@@ -329,7 +359,7 @@ func (s *State) acceptWork(a *musterpb.Attempt, reason string) {
 	s.setTask(task)
 	s.changeJob(a.Job, func(job *musterpb.Job) {
 		job.TasksVerified++
-		job.ItemsVerified += uint64(len(s.itemsOf(a)))
+		job.ItemsVerified += countItems(job, a.Task)
 	})
 	s.settleJob(a.Job)
 }
@@ -344,12 +374,13 @@ func (s *State) rejectWork(check *musterpb.Check) {
 // redo queues the task of a result that does not count, counting a failure
 // of the job's where there is a reason for it.
 func (s *State) redo(a *musterpb.Attempt, failure string) {
-	s.changeJob(a.Job, func(job *musterpb.Job) { job.ItemsCommitted -= uint64(len(s.itemsOf(a))) })
+	s.changeJob(a.Job, func(job *musterpb.Job) { job.ItemsCommitted -= countItems(job, a.Task) })
+	task := s.task(a.Job, a.Task)
 	if Ended(s.jobs[a.Job].State) {
+		s.requeue(task)
 		s.settleJob(a.Job)
 		return
 	}
-	task := s.task(a.Job, a.Task)
 	if !slices.Contains(task.AvoidOwners, a.Owner) {
 		task.AvoidOwners = append(task.AvoidOwners, a.Owner)
 	}
@@ -358,7 +389,7 @@ func (s *State) redo(a *musterpb.Attempt, failure string) {
 	}
 	s.requeue(task)
 	if reason := s.outOfRetries(task, false, failure); reason != "" {
-		s.endJob(s.jobs[a.Job].CloneVT(), musterpb.JobState_JOB_STATE_FAILED, reason)
+		s.endJob(copyJob(s.jobs[a.Job]), musterpb.JobState_JOB_STATE_FAILED, reason)
 	}
 }
 
@@ -375,11 +406,12 @@ func (s *State) giveUpCheck(c *musterpb.GiveUpCheck) (string, error) {
 }
 
 // inconclusive ends a check that nobody could decide. No owner is at fault: who
-// delivered is paid from the network's fund, as far as that reaches; the
-// customer pays nothing, and the task is done again.
+// delivered is paid from the network's fund, as far as that reaches, and the
+// checkers first, since theirs was not the result in doubt; the customer pays
+// nothing, and the task is done again.
 func (s *State) inconclusive(check *musterpb.Check, reason string) {
 	s.closeCheck(check, musterpb.Verdict_VERDICT_INCONCLUSIVE, reason)
-	for _, id := range append([]string{check.Target}, check.Runs...) {
+	for _, id := range append(slices.Clone(check.Runs), check.Target) {
 		a := s.attempts[id]
 		if a.State != musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
 			continue

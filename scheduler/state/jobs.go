@@ -55,7 +55,7 @@ func (s *State) cancelJob(c *musterpb.CancelJob) (string, error) {
 	case Ended(job.State):
 		return "", api.Errorf(api.Conflict, "job %s is %s already", c.Job, StateName(job.State))
 	}
-	s.endJob(job.CloneVT(), musterpb.JobState_JOB_STATE_CANCELLED, c.Reason)
+	s.endJob(copyJob(job), musterpb.JobState_JOB_STATE_CANCELLED, c.Reason)
 	return c.Job, nil
 }
 
@@ -74,7 +74,8 @@ func (s *State) fundJob(c *musterpb.FundJob) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	fresh := job.CloneVT()
+	fresh := copyJob(job)
+	fresh.Spec = job.Spec.CloneVT()
 	fresh.Spec.BudgetMicroUsd += c.AmountMicroUsd
 	s.resume(fresh)
 	s.setJob(fresh)
@@ -90,6 +91,7 @@ func (s *State) endJob(job *musterpb.Job, state musterpb.JobState, reason string
 	for _, id := range slices.Clone(s.byJob[job.Id]) {
 		if a := s.attempts[id]; a.Check == "" && running(a.State) {
 			s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "the job was "+StateName(state))
+			s.requeue(s.task(a.Job, a.Task))
 		}
 	}
 	s.settleJob(job.Id)
@@ -105,7 +107,7 @@ func (s *State) settleJob(id string) {
 	if !Ended(job.State) && job.TasksVerified < job.Tasks {
 		return
 	}
-	job = job.CloneVT()
+	job = copyJob(job)
 	if !Ended(job.State) {
 		job.State, job.Reason, job.EndedUnixMs = musterpb.JobState_JOB_STATE_VERIFIED, "", s.now
 	}
@@ -129,8 +131,22 @@ func (s *State) setJob(job *musterpb.Job) {
 	}
 }
 
+// copyJob is a copy of a job that may be changed, except for its specification
+// and its key: those can have megabytes, and every step of an attempt changes
+// the job's counters.
+func copyJob(j *musterpb.Job) *musterpb.Job {
+	return &musterpb.Job{
+		Id: j.Id, Account: j.Account, Spec: j.Spec, State: j.State, Reason: j.Reason,
+		SubmittedUnixMs: j.SubmittedUnixMs, EndedUnixMs: j.EndedUnixMs, PermutationKey: j.PermutationKey, Sequence: j.Sequence,
+		Items: j.Items, Tasks: j.Tasks, NextTask: j.NextTask, Requeued: slices.Clone(j.Requeued), TasksVerified: j.TasksVerified,
+		ItemsCommitted: j.ItemsCommitted, ItemsVerified: j.ItemsVerified, Attempts: j.Attempts, Checks: j.Checks,
+		CheckedItems: j.CheckedItems, Caught: j.Caught, SpentMicroUsd: j.SpentMicroUsd, LiveAttempts: j.LiveAttempts,
+		OpenChecks: j.OpenChecks, Settled: j.Settled,
+	}
+}
+
 func (s *State) changeJob(id string, change func(*musterpb.Job)) {
-	job := s.jobs[id].CloneVT()
+	job := copyJob(s.jobs[id])
 	change(job)
 	s.setJob(job)
 }
@@ -153,10 +169,14 @@ func (s *State) task(job string, number uint32) *musterpb.Task {
 
 func (s *State) setTask(t *musterpb.Task) { s.tasks[taskKey{t.Job, t.Number}] = t }
 
-// requeue makes a task wait for another attempt, unless the job has ended.
+// requeue makes a task wait for another attempt. That of a job that has ended
+// waits for ever, and is not listed.
 func (s *State) requeue(t *musterpb.Task) {
 	t.State, t.Result = musterpb.TaskState_TASK_STATE_QUEUED, ""
 	s.setTask(t)
+	if Ended(s.jobs[t.Job].State) {
+		return
+	}
 	s.changeJob(t.Job, func(job *musterpb.Job) {
 		if !slices.Contains(job.Requeued, t.Number) {
 			job.Requeued = append(job.Requeued, t.Number)
@@ -171,6 +191,12 @@ func (s *State) itemsOf(a *musterpb.Attempt) []uint64 {
 	}
 	job := s.jobs[a.Job]
 	return jobspec.TaskItems(job.Spec, job.PermutationKey, a.Task)
+}
+
+// countItems is how many items a task has, without walking the permutation.
+func countItems(job *musterpb.Job, task uint32) uint64 {
+	first := uint64(task) * uint64(job.Spec.Chunk)
+	return min(uint64(job.Spec.Chunk), job.Items-min(first, job.Items))
 }
 
 // Application names what a record is kept for: an image repository, or the

@@ -2,6 +2,7 @@ package state
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 
 	"github.com/musternet/muster/api"
@@ -227,9 +228,16 @@ type Work struct {
 type WantedRun struct {
 	Check *musterpb.Check
 	Class string
-	// Parties are the attempts that have a part in the check.
+	// Parties are the attempts that have a part in the check: the target, and
+	// the runs that delivered or still may.
 	Parties []*musterpb.Attempt
-	Runs    int
+	// Tried are the owners whose run ended without a result. They are asked
+	// again when nobody else can run it.
+	Tried []string
+	Runs  int
+	// Unpaid says that nobody can pay for a run now, and why: proposing one
+	// would be refused, again and again.
+	Unpaid string
 }
 
 // Queued lists the live jobs with work to place, in order of submission, with
@@ -241,11 +249,7 @@ func (s *State) Queued(perJob int) []Work {
 	for _, id := range sortedKeys(s.openChecks) {
 		check := s.checks[id]
 		if n := s.runsWanted(check); n > 0 {
-			w := WantedRun{Check: check, Class: s.attempts[check.Target].Class, Runs: n}
-			for _, party := range append([]string{check.Target}, check.Runs...) {
-				w.Parties = append(w.Parties, s.attempts[party])
-			}
-			wanted[check.Job] = append(wanted[check.Job], w)
+			wanted[check.Job] = append(wanted[check.Job], s.wantedRun(check, n))
 		}
 	}
 	var list []Work
@@ -268,6 +272,25 @@ func (s *State) Queued(perJob int) []Work {
 	}
 	slices.SortFunc(list, func(a, b Work) int { return cmp.Compare(a.Job.Sequence, b.Job.Sequence) })
 	return list
+}
+
+func (s *State) wantedRun(check *musterpb.Check, n int) WantedRun {
+	target, job := s.attempts[check.Target], s.jobs[check.Job]
+	w := WantedRun{Check: check, Class: target.Class, Parties: []*musterpb.Attempt{target}, Runs: n}
+	for _, id := range check.Runs {
+		if run := s.attempts[id]; live(run.State) {
+			w.Parties = append(w.Parties, run)
+		} else if !slices.Contains(w.Tried, run.Owner) {
+			w.Tried = append(w.Tried, run.Owner)
+		}
+	}
+	// A job that runs is allowed one refusal, which pauses it and says why.
+	if job.State == musterpb.JobState_JOB_STATE_PAUSED || Ended(job.State) {
+		if limit := attemptLimit(job.Spec); s.payerOf(check, limit) == "" {
+			w.Unpaid = fmt.Sprintf("the budget does not cover another run of up to %s", limit)
+		}
+	}
+	return w
 }
 
 // Comparable is a check with results that were not compared yet.

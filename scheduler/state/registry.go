@@ -153,29 +153,28 @@ func (s *State) drainWorker(c *musterpb.DrainWorker) (string, error) {
 	return c.Worker, nil
 }
 
-// failedWorker counts a failure of a worker and makes a flaky one wait: 2 s
-// after the first, doubling up to 5 minutes.
+// failedWorker counts a failure of a worker and makes it wait.
 func (s *State) failedWorker(id string, caught bool) {
-	old := s.workers[id]
-	if old == nil {
-		return
-	}
-	fresh := old.CloneVT()
+	fresh := s.workers[id].CloneVT()
 	fresh.Failed++
-	fresh.FailuresInARow++
 	if caught {
 		fresh.Caught++
 	}
+	s.workers[id] = fresh
+	s.restWorker(id)
+}
+
+// restWorker makes a worker wait that could not finish an attempt: 2 s after
+// the first, doubling up to 5 minutes.
+func (s *State) restWorker(id string) {
+	fresh := s.workers[id].CloneVT()
+	fresh.FailuresInARow++
 	fresh.BackoffUntilUnixMs = s.now + min(int64(1000)<<min(fresh.FailuresInARow, 20), 300_000)
 	s.workers[id] = fresh
 }
 
 func (s *State) finishedWorker(id string) {
-	old := s.workers[id]
-	if old == nil {
-		return
-	}
-	fresh := old.CloneVT()
+	fresh := s.workers[id].CloneVT()
 	fresh.Finished++
 	fresh.FailuresInARow, fresh.BackoffUntilUnixMs = 0, 0
 	s.workers[id] = fresh

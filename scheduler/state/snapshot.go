@@ -11,6 +11,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strconv"
 
 	"github.com/musternet/muster/api/musterpb"
 )
@@ -121,6 +122,9 @@ func compareRecords(a, b recordKey) int {
 // Restore replaces the state by a snapshot. On an error the old state stays.
 func (s *State) Restore(r io.Reader) error {
 	d, err := readSnapshot(r)
+	if err == nil {
+		err = d.checkReferences()
+	}
 	if err != nil {
 		return fmt.Errorf("restoring a snapshot: %w", err)
 	}
@@ -140,11 +144,81 @@ func (s *State) derive() {
 		s.setJob(job)
 	}
 	for _, a := range s.attempts {
-		s.setAttempt(a)
+		s.indexLive(a)
+		if a.Check == "" {
+			s.countDue(a.Job, s.owed(a.Id))
+		}
 	}
 	for _, c := range s.checks {
-		s.setCheck(c)
+		s.indexOpen(c)
 	}
+}
+
+// checkReferences makes sure that what a value names is there: Apply looks
+// nothing up twice.
+func (d *data) checkReferences() error {
+	missing := func(what, id, of string) error { return fmt.Errorf("%s %q of %s is missing", what, id, of) }
+	for _, job := range d.jobs {
+		if job.Spec == nil || job.Spec.Image == nil || job.Spec.Items == nil || job.Spec.Resources == nil || job.Spec.Verify == nil {
+			return missing("specification", "", "job "+job.Id)
+		}
+	}
+	for k := range d.tasks {
+		if d.jobs[k.job] == nil {
+			return missing("job", k.job, fmt.Sprintf("task %d", k.number))
+		}
+	}
+	for id, a := range d.attempts {
+		if d.jobs[a.Job] == nil || d.tasks[taskKey{a.Job, a.Task}] == nil {
+			return missing("job or task", fmt.Sprintf("%s/%d", a.Job, a.Task), "attempt "+id)
+		}
+		if d.workers[a.Worker] == nil {
+			return missing("worker", a.Worker, "attempt "+id)
+		}
+		if a.Check != "" && d.checks[a.Check] == nil {
+			return missing("check", a.Check, "attempt "+id)
+		}
+		if a.State == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED && a.Commit == nil {
+			return missing("commit", "", "attempt "+id)
+		}
+		if live(a.State) && !d.ledger.Open(a.Hold) {
+			return missing("hold", strconv.FormatUint(a.Hold, 10), "attempt "+id)
+		}
+	}
+	for id, check := range d.checks {
+		if d.jobs[check.Job] == nil {
+			return missing("job", check.Job, "check "+id)
+		}
+		for _, run := range append([]string{check.Target}, check.Runs...) {
+			if d.attempts[run] == nil {
+				return missing("attempt", run, "check "+id)
+			}
+		}
+	}
+	for _, t := range d.tasks {
+		for _, id := range t.Attempts {
+			if d.attempts[id] == nil {
+				return missing("attempt", id, fmt.Sprintf("task %s/%d", t.Job, t.Number))
+			}
+		}
+	}
+	for e := uint64(1); e <= d.epoch; e++ {
+		batch := d.batches[e]
+		if batch == nil {
+			return missing("batch", strconv.FormatUint(e, 10), "the epochs so far")
+		}
+		for _, id := range batch.Committee {
+			if d.nodes[id] == nil {
+				return missing("scheduler", id, fmt.Sprintf("batch %d", e))
+			}
+		}
+	}
+	for _, id := range d.openBatch {
+		if d.attempts[id].GetCommit() == nil {
+			return missing("commit", id, "the open batch")
+		}
+	}
+	return nil
 }
 
 func readSnapshot(r io.Reader) (data, error) {
@@ -154,6 +228,9 @@ func readSnapshot(r io.Reader) (data, error) {
 		record, err := in.next()
 		if err != nil {
 			return d, err
+		}
+		if _, header := record.Record.(*musterpb.SnapshotRecord_Header); header != (in.count == 0) {
+			return d, fmt.Errorf("record %d: a snapshot has one header, at its start", in.count)
 		}
 		switch v := record.Record.(type) {
 		case *musterpb.SnapshotRecord_Header:
@@ -211,6 +288,10 @@ func (w *recordWriter) put(r *musterpb.SnapshotRecord) {
 		return
 	}
 	size := r.SizeVT()
+	if size > maxRecord {
+		w.err = fmt.Errorf("record %d has %d bytes, at most %d can be read back", w.count, size, maxRecord)
+		return
+	}
 	w.buf = binary.AppendUvarint(w.buf[:0], uint64(size))
 	head := len(w.buf)
 	w.buf = slices.Grow(w.buf, size)[:head+size]

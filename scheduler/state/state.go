@@ -60,6 +60,7 @@ type data struct {
 	openChecks   map[string]struct{}            // without a verdict
 	liveByWorker map[string]map[string]struct{} // attempts that may be running
 	byJob        map[string][]string            // attempts of a job, in order
+	due          map[string]int                 // by job: results to come, or there, whose check has no run yet
 }
 
 type taskKey struct {
@@ -81,7 +82,7 @@ func newData() data {
 		attempts: map[string]*musterpb.Attempt{}, checks: map[string]*musterpb.Check{}, batches: map[uint64]*musterpb.Batch{},
 		records: map[recordKey]*musterpb.Record{}, answered: map[string]*musterpb.Answer{}, ledger: ledger.New(),
 		liveJobs: map[string]struct{}{}, openChecks: map[string]struct{}{}, liveByWorker: map[string]map[string]struct{}{},
-		byJob: map[string][]string{},
+		byJob: map[string][]string{}, due: map[string]int{},
 	}
 }
 
@@ -164,7 +165,7 @@ func (s *State) remember(id string, answer *musterpb.Answer) {
 	s.answerOrder = append(s.answerOrder, id)
 	if len(s.answerOrder) > maxAnswered {
 		delete(s.answered, s.answerOrder[0])
-		s.answerOrder = slices.Clip(s.answerOrder[1:])
+		s.answerOrder = s.answerOrder[1:] // append moves it now and then, at a constant cost per command
 	}
 }
 

@@ -40,7 +40,9 @@ type Dev struct {
 }
 
 // DevTiming makes a network on one machine quick: everything is near.
-var DevTiming = scheduler.Timing{LeaseTTL: 5 * time.Second, ReconnectGrace: 2 * time.Second, BatchInterval: 50 * time.Millisecond}
+var DevTiming = scheduler.Timing{
+	LeaseTTL: 5 * time.Second, ReconnectGrace: 2 * time.Second, BatchInterval: 50 * time.Millisecond, DisputePatience: 10 * time.Second,
+}
 
 // devFile is what a dev network remembers between runs.
 type devFile struct {
