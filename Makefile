@@ -14,17 +14,19 @@ TOOLS := go tool -modfile=$(CURDIR)/tools/go.mod
 STATIC := CGO_ENABLED=0 GOOS=linux go build -trimpath -ldflags="-s -w"
 WASM := GOOS=wasip1 GOARCH=wasm go build -trimpath -ldflags="-s -w"
 
-.PHONY: help demo test build examples vet unit race docker generate tidy fuzz clean FORCE
+.DEFAULT_GOAL := help
+.PHONY: compiler help demo test build examples vet unit race docker generate tidy fuzz clean FORCE
 FORCE:
 
 help: ## say what the targets do
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: build examples ## the main job, visibly, in about a minute
-	@deploy/dev/docker-engine.sh || echo "no container engine: the demo runs WebAssembly instead"
+	@if [ "$(MUSTER_SKIP_DOCKER)" = 1 ]; then echo "MUSTER_SKIP_DOCKER=1: no container engine is set up"; \
+	else deploy/dev/docker-engine.sh || echo "no container engine: the demo runs WebAssembly instead"; fi
 	go run ./examples/demo --bin bin/muster --build build --out demo-out
 
-test: docker vet unit race ## every test
+test: compiler docker vet unit race ## every test
 
 build: bin/muster ## the one binary
 
@@ -44,6 +46,12 @@ build/raytrace.tar build/tinylm.tar: build/%.tar: build/%
 build/raytrace.wasm build/tinylm.wasm: build/%.wasm: FORCE
 	@mkdir -p build
 	$(WASM) -o $@ ./examples/$*
+
+compiler: ## find a C compiler, or install one: NVML and the race detector need it
+	@command -v cc >/dev/null || command -v gcc >/dev/null || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq gcc libc6-dev; \
+		else echo "No C compiler: install gcc and the C library's headers (Debian: apt-get install gcc libc6-dev)."; exit 1; fi; }
 
 docker: ## find a container engine, or install and start one
 	@if [ "$(MUSTER_SKIP_DOCKER)" = 1 ]; then \

@@ -251,6 +251,7 @@ func (l *leader) seedOf(epoch uint64) []byte {
 // that nobody can decide.
 func (l *leader) leaseLoop(ctx context.Context) {
 	tick := time.NewTicker(min(l.Timing.LeaseTTL/8, 250*time.Millisecond))
+	stuck := map[string]time.Time{} // disputes that nobody can run, since when
 	defer tick.Stop()
 	for {
 		select {
@@ -258,7 +259,7 @@ func (l *leader) leaseLoop(ctx context.Context) {
 			return
 		case <-tick.C:
 			l.expireLeases(ctx)
-			l.giveUpDisputes(ctx)
+			l.giveUpDisputes(ctx, stuck)
 		}
 	}
 }
@@ -298,27 +299,41 @@ func (l *leader) end(ctx context.Context, cmd *musterpb.EndAttempt) error {
 	return nil
 }
 
-// giveUpDisputes ends the checks that need a run which no worker could take
-// for longer than the policy is patient. A check without a mismatch waits as
-// long as it takes: its result stays provisional.
-func (l *leader) giveUpDisputes(ctx context.Context) {
-	now := time.Now().UnixMilli()
+// giveUpDisputes ends the checks that need a run which no worker could ever
+// take, for longer than the policy is patient; since says since when that is so.
+// Owners who are only busy are waited for, and a check without a mismatch waits
+// as long as it takes: its result stays provisional.
+func (l *leader) giveUpDisputes(ctx context.Context, since map[string]time.Time) {
+	now := time.Now()
+	stuck := map[string]bool{}
+	var workers []*place.Worker
 	for _, w := range l.State.Queued(0) {
 		for _, run := range w.Checks {
-			disputed := len(run.Check.Comparisons) > 0 || state.Ended(w.Job.State)
-			if !disputed || now-run.Check.OpenedUnixMs < l.Timing.DisputePatience.Milliseconds() {
+			if len(run.Check.Comparisons) == 0 && !state.Ended(w.Job.State) {
 				continue
 			}
-			why := place.Explain(now, l.workers(l.State.LiveAttempts()), w.Job, &run)
-			if why.Eligible > 0 {
+			if workers == nil {
+				workers = l.workers(l.State.LiveAttempts())
+			}
+			if place.Possible(workers, w.Job, &run) {
 				continue
 			}
-			cmd := &musterpb.GiveUpCheck{Check: run.Check.Id, Reason: "no further owner could run it: " + why.Summary}
+			id := run.Check.Id
+			stuck[id] = true
+			if since[id].IsZero() {
+				since[id] = now
+			}
+			if now.Sub(since[id]) < l.Timing.DisputePatience {
+				continue
+			}
+			why := place.Explain(now.UnixMilli(), workers, w.Job, &run).Summary
+			cmd := &musterpb.GiveUpCheck{Check: id, Reason: "no further owner could run it: " + why}
 			if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_GiveUpCheck{GiveUpCheck: cmd}}); err != nil {
-				l.Logger.Debug("a check could not be given up", "check", run.Check.Id, "err", err)
+				l.Logger.Debug("a check could not be given up", "check", id, "err", err)
 			}
 		}
 	}
+	maps.DeleteFunc(since, func(id string, _ time.Time) bool { return !stuck[id] })
 }
 
 // batchLoop closes batches, and gives up on reveals that do not come.

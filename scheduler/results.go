@@ -151,6 +151,9 @@ func (l *leader) checkResult(ctx context.Context, a *musterpb.Attempt, c *muster
 	if err := verify.CheckCommit(worker.PublicKey, c); err != nil {
 		return err
 	}
+	if err := l.checkDurable(ctx, c); err != nil {
+		return err
+	}
 	want := l.State.ItemsOf(a)
 	m, err := l.manifest(ctx, c, len(want))
 	if err != nil {
@@ -184,6 +187,23 @@ func (l *leader) checkResult(ctx context.Context, a *musterpb.Attempt, c *muster
 		return api.Errorf(api.TooLarge, "the outputs take %d bytes packed; %d bytes of outputs fit into %d", c.ArchiveBytes, total, most)
 	}
 	return l.checkOutputs(ctx, job, c, m)
+}
+
+// checkDurable wants every blob of a commit stored as often as the store
+// promises, whatever the worker was told when it uploaded them.
+func (l *leader) checkDurable(ctx context.Context, c *musterpb.Commit) error {
+	for _, b := range []struct{ what, digest string }{{"manifest", c.ManifestDigest}, {"outputs", c.ArchiveDigest}, {"log", c.LogDigest}} {
+		if b.digest == "" {
+			continue // only a log may be missing: a program that says nothing has none
+		}
+		_, err := l.Blobs.Stat(ctx, api.Digest(b.digest))
+		if api.KindOf(err) == api.NotFound {
+			return api.Errorf(api.Invalid, "%s of %s: blob %s was not uploaded", b.what, c.Attempt, b.digest)
+		} else if err != nil {
+			return fmt.Errorf("%s of %s: %w", b.what, c.Attempt, err)
+		}
+	}
+	return nil
 }
 
 // fileOverhead is what packing may add to a file: tar headers and the frame.

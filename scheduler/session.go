@@ -267,7 +267,12 @@ func (l *leader) mayContinue(worker, id string) bool {
 		return true
 	case musterpb.AttemptState_ATTEMPT_STATE_LOST:
 		job, task := l.State.Job(a.Job), l.State.Task(a.Job, a.Task)
-		return a.Check == "" && !state.Ended(job.State) && task.Result == ""
+		if a.Check != "" {
+			// Its result is refused, as that of work is when another came first.
+			// Stopping it at once, and not work, would tell the two apart.
+			return l.State.Check(a.Check).Verdict <= musterpb.Verdict_VERDICT_UNSPECIFIED
+		}
+		return !state.Ended(job.State) && task.Result == ""
 	}
 	return false
 }

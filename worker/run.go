@@ -147,7 +147,11 @@ func (w *Worker) image(ctx context.Context, m *musterpb.Image) (container.Runtim
 // fetch gets a blob into the cache.
 func (w *Worker) fetch(ctx context.Context, digest string, size int64) (path string, release func(), err error) {
 	path, release, err = w.cache.Get(ctx, api.Digest(digest), func(dst string) error {
-		if _, err := blob.Fetch(ctx, w.blobs, api.Digest(digest), dst, size); err != nil {
+		err := w.patiently(ctx, func() error {
+			_, err := blob.Fetch(ctx, w.blobs, api.Digest(digest), dst, size)
+			return err
+		})
+		if err != nil {
 			return err
 		}
 		return os.Chmod(dst, 0o555)
@@ -155,13 +159,41 @@ func (w *Worker) fetch(ctx context.Context, digest string, size int64) (path str
 	return path, release, ours(err)
 }
 
+// The pauses between two tries to reach the blob store.
+const (
+	firstBlobRetry = 200 * time.Millisecond
+	maxBlobRetry   = 15 * time.Second
+)
+
+// patiently repeats f while the blob store can't be reached, until ctx ends or
+// its patience does.
+func (w *Worker) patiently(ctx context.Context, f func() error) error {
+	deadline := time.Now().Add(w.BlobPatience)
+	for wait := firstBlobRetry; ; wait = min(2*wait, maxBlobRetry) {
+		err := f()
+		if api.KindOf(err) != api.Unavailable || isLocal(err) || time.Now().Add(wait).After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(wait):
+		}
+	}
+}
+
+// isLocal reports whether an error is of this machine's own disk.
+func isLocal(err error) bool {
+	var path *fs.PathError
+	var link *os.LinkError
+	return errors.As(err, &path) || errors.As(err, &link)
+}
+
 // ours blames the network for a blob that can't be had or stored, unless this
 // machine's own disk is at fault, or the blame is known already.
 func ours(err error) error {
 	var f *failure
-	var path *fs.PathError
-	var link *os.LinkError
-	if err == nil || errors.As(err, &f) || errors.As(err, &path) || errors.As(err, &link) {
+	if err == nil || errors.As(err, &f) || isLocal(err) {
 		return err
 	}
 	return &failure{musterpb.Blame_BLAME_NETWORK, 0, err}
@@ -205,7 +237,11 @@ var treeLimits = blob.Limits{Bytes: 1 << 40, Files: 1_000_000}
 func (w *Worker) fetchTree(ctx context.Context, in *musterpb.Input, tree string) error {
 	archive := tree + ".archive"
 	defer os.Remove(archive)
-	if _, err := blob.Fetch(ctx, w.blobs, api.Digest(in.Digest), archive, in.SizeBytes); err != nil {
+	err := w.patiently(ctx, func() error {
+		_, err := blob.Fetch(ctx, w.blobs, api.Digest(in.Digest), archive, in.SizeBytes)
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	f, err := os.Open(archive)
@@ -423,12 +459,18 @@ func (w *Worker) pack(ctx context.Context, a *musterpb.Assignment, inputs, out, 
 	if err != nil {
 		return nil, fmt.Errorf("encoding the manifest: %w", err)
 	}
-	if _, _, err := blob.PutFile(ctx, w.blobs, archive); err != nil {
-		return nil, ours(fmt.Errorf("uploading the outputs: %w", err))
-	}
 	digest := api.DigestOf(data)
-	if _, err := w.blobs.Put(ctx, digest, bytes.NewReader(data), int64(len(data))); err != nil {
-		return nil, ours(fmt.Errorf("uploading the manifest: %w", err))
+	err = w.patiently(ctx, func() error {
+		if _, _, err := blob.PutFile(ctx, w.blobs, archive); err != nil {
+			return fmt.Errorf("uploading the outputs: %w", err)
+		}
+		if _, err := w.blobs.Put(ctx, digest, bytes.NewReader(data), int64(len(data))); err != nil {
+			return fmt.Errorf("uploading the manifest: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, ours(err)
 	}
 	return &musterpb.Commit{
 		Attempt: a.Attempt, Root: verify.Root(manifest), ManifestDigest: string(digest), ArchiveDigest: string(summary.Digest),

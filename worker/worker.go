@@ -21,6 +21,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/cpu"
+
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/blob"
 	"github.com/musternet/muster/api/client"
@@ -46,7 +48,10 @@ type Config struct {
 	MilliCPUs, MemoryBytes, DiskBytes int64
 	// CacheBytes bounds the cache of images and inputs.
 	CacheBytes int64
-	Logger     *slog.Logger
+	// BlobPatience is how long an attempt waits for a blob store that can't be
+	// reached: finished work is worth more than the wait. 0 is 10 minutes.
+	BlobPatience time.Duration
+	Logger       *slog.Logger
 }
 
 // Worker is one worker. Run runs it.
@@ -71,6 +76,9 @@ const maxOutbox = 1024
 
 // New makes a worker.
 func New(cfg Config) *Worker {
+	if cfg.BlobPatience == 0 {
+		cfg.BlobPatience = 10 * time.Minute
+	}
 	w := &Worker{
 		Config: cfg, id: string(api.WorkerIDOf(cfg.Key.Public().(ed25519.PublicKey))), http: &http.Client{Transport: client.NewTransport()},
 		runs: map[string]*run{}, schedulers: slices.Clone(cfg.Schedulers), outbox: make(chan *musterpb.WorkerMessage, maxOutbox),
@@ -115,6 +123,7 @@ func (w *Worker) Run(ctx context.Context) error {
 		}
 		// During an election two schedulers may each name the other.
 		if errors.Is(err, errRedirected) {
+			wait = min(wait, maxRedirect)
 			w.Logger.Debug("another scheduler leads", "address", w.addresses()[0])
 		} else {
 			w.Logger.Warn("not connected to the schedulers", "err", err)
@@ -127,8 +136,12 @@ func (w *Worker) Run(ctx context.Context) error {
 	}
 }
 
-// maxRedial is the longest pause between two dials.
-const maxRedial = 5 * time.Second
+// maxRedial is the longest pause between two dials, maxRedirect that before the
+// leader is dialled which another scheduler named.
+const (
+	maxRedial   = 5 * time.Second
+	maxRedirect = 200 * time.Millisecond
+)
 
 // stopAll ends what still runs and waits until nothing of it is left.
 func (w *Worker) stopAll() {
@@ -231,7 +244,7 @@ func (w *Worker) demote(address string) {
 func (w *Worker) hello() *musterpb.WorkerHello {
 	c := &musterpb.Capacity{
 		MilliCpus: w.MilliCPUs, MemoryBytes: w.MemoryBytes, DiskBytes: w.DiskBytes,
-		NoGpuReason: w.Inventory.Reason, Platform: "linux/" + runtime.GOARCH,
+		NoGpuReason: w.Inventory.Reason, Platform: "linux/" + runtime.GOARCH, CpuLevel: cpuLevel(),
 	}
 	for name := range w.Runtimes {
 		c.Runtimes = append(c.Runtimes, name)
@@ -244,6 +257,24 @@ func (w *Worker) hello() *musterpb.WorkerHello {
 		PublicKey: w.Key.Public().(ed25519.PublicKey), Name: w.Name, Capacity: c,
 		PriceMicroUsdPerHour: int64(w.PricePerHour), AllowNetwork: w.AllowNetwork,
 	}
+}
+
+// cpuLevel is the x86-64 psABI's level of this CPU: results of programs that
+// choose their code by it can be compared within a level. Empty on other CPUs,
+// whose baseline is what programs use.
+func cpuLevel() string {
+	x := cpu.X86
+	switch {
+	case !x.HasSSE2:
+		return ""
+	case !(x.HasSSE3 && x.HasSSSE3 && x.HasSSE41 && x.HasSSE42 && x.HasPOPCNT && x.HasCX16):
+		return "x86-64"
+	case !(x.HasAVX && x.HasAVX2 && x.HasBMI1 && x.HasBMI2 && x.HasFMA && x.HasOSXSAVE):
+		return "x86-64-v2"
+	case !(x.HasAVX512F && x.HasAVX512BW && x.HasAVX512CD && x.HasAVX512DQ && x.HasAVX512VL):
+		return "x86-64-v3"
+	}
+	return "x86-64-v4"
 }
 
 func deviceMessage(d gpu.Device) *musterpb.Device {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/musternet/muster/api"
 )
@@ -19,14 +20,18 @@ type Dir struct {
 
 var _ Store = (*Dir)(nil)
 
+// abandonedAfter is how long nobody wrote to an unfinished blob that nobody will
+// finish. It is long, because several machines may share a directory.
+const abandonedAfter = time.Hour
+
 // NewDir opens the store in the directory path, makes it if needed, and removes
 // what an earlier process left unfinished.
 func NewDir(path string) (*Dir, error) {
 	tmp := filepath.Join(path, "tmp")
-	if err := os.RemoveAll(tmp); err != nil {
+	if err := os.MkdirAll(tmp, 0o755); err != nil {
 		return nil, diskError(path, err)
 	}
-	if err := os.MkdirAll(tmp, 0o755); err != nil {
+	if err := removeAbandoned(tmp); err != nil {
 		return nil, diskError(path, err)
 	}
 	for i := range 256 {
@@ -36,6 +41,27 @@ func NewDir(path string) (*Dir, error) {
 		}
 	}
 	return &Dir{path: path}, syncDir(path)
+}
+
+func removeAbandoned(tmp string) error {
+	entries, err := os.ReadDir(tmp)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		info, err := e.Info()
+		if errors.Is(err, os.ErrNotExist) {
+			continue // finished meanwhile, by another machine
+		} else if err != nil {
+			return err
+		}
+		if time.Since(info.ModTime()) > abandonedAfter {
+			if err := os.RemoveAll(filepath.Join(tmp, e.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (d *Dir) file(digest api.Digest) string {

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 	"testing/iotest"
 
 	"go.uber.org/goleak"
@@ -183,8 +184,14 @@ func TestDirSurvivesRestart(t *testing.T) {
 	if _, err := d.Put(t.Context(), digest, strings.NewReader("a"), 1); err != nil {
 		t.Fatal(err)
 	}
-	stale := filepath.Join(path, "tmp", "put-1")
-	if err := os.WriteFile(stale, []byte("half"), 0o600); err != nil {
+	stale, other := filepath.Join(path, "tmp", "put-1"), filepath.Join(path, "tmp", "put-2")
+	for _, file := range []string{stale, other} {
+		if err := os.WriteFile(file, []byte("half"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	old := time.Now().Add(-2 * abandonedAfter)
+	if err := os.Chtimes(stale, old, old); err != nil {
 		t.Fatal(err)
 	}
 	d, err = NewDir(path)
@@ -196,6 +203,9 @@ func TestDirSurvivesRestart(t *testing.T) {
 	}
 	if _, err := os.Stat(stale); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the unfinished blob is still there: %v", err)
+	}
+	if _, err := os.Stat(other); err != nil {
+		t.Errorf("what another machine may be writing is gone: %v", err)
 	}
 }
 

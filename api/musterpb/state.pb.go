@@ -780,8 +780,9 @@ type Capacity struct {
 	DiskBytes     int64                  `protobuf:"varint,3,opt,name=disk_bytes,json=diskBytes,proto3" json:"disk_bytes,omitempty"`
 	Devices       []*Device              `protobuf:"bytes,4,rep,name=devices,proto3" json:"devices,omitempty"`
 	NoGpuReason   string                 `protobuf:"bytes,5,opt,name=no_gpu_reason,json=noGpuReason,proto3" json:"no_gpu_reason,omitempty"`
-	Runtimes      []string               `protobuf:"bytes,6,rep,name=runtimes,proto3" json:"runtimes,omitempty"` // "docker", "wasm"
-	Platform      string                 `protobuf:"bytes,7,opt,name=platform,proto3" json:"platform,omitempty"` // "linux/amd64"
+	Runtimes      []string               `protobuf:"bytes,6,rep,name=runtimes,proto3" json:"runtimes,omitempty"`                 // "docker", "wasm"
+	Platform      string                 `protobuf:"bytes,7,opt,name=platform,proto3" json:"platform,omitempty"`                 // "linux/amd64"
+	CpuLevel      string                 `protobuf:"bytes,8,opt,name=cpu_level,json=cpuLevel,proto3" json:"cpu_level,omitempty"` // instruction set level, "x86-64-v3"
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -861,6 +862,13 @@ func (x *Capacity) GetRuntimes() []string {
 func (x *Capacity) GetPlatform() string {
 	if x != nil {
 		return x.Platform
+	}
+	return ""
+}
+
+func (x *Capacity) GetCpuLevel() string {
+	if x != nil {
+		return x.CpuLevel
 	}
 	return ""
 }
@@ -2969,7 +2977,7 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x13utilization_percent\x18\v \x01(\rR\x12utilizationPercent\x12\x1c\n" +
 	"\tunhealthy\x18\f \x01(\tR\tunhealthy\x12\x1f\n" +
 	"\vparent_uuid\x18\r \x01(\tR\n" +
-	"parentUuid\"\xf4\x01\n" +
+	"parentUuid\"\x91\x02\n" +
 	"\bCapacity\x12\x1d\n" +
 	"\n" +
 	"milli_cpus\x18\x01 \x01(\x03R\tmilliCpus\x12!\n" +
@@ -2979,7 +2987,8 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\adevices\x18\x04 \x03(\v2\x11.muster.v1.DeviceR\adevices\x12\"\n" +
 	"\rno_gpu_reason\x18\x05 \x01(\tR\vnoGpuReason\x12\x1a\n" +
 	"\bruntimes\x18\x06 \x03(\tR\bruntimes\x12\x1a\n" +
-	"\bplatform\x18\a \x01(\tR\bplatform\"\xdb\x03\n" +
+	"\bplatform\x18\a \x01(\tR\bplatform\x12\x1b\n" +
+	"\tcpu_level\x18\b \x01(\tR\bcpuLevel\"\xdb\x03\n" +
 	"\x06Worker\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +

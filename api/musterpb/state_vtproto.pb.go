@@ -131,6 +131,7 @@ func (m *Capacity) CloneVT() *Capacity {
 	r.DiskBytes = m.DiskBytes
 	r.NoGpuReason = m.NoGpuReason
 	r.Platform = m.Platform
+	r.CpuLevel = m.CpuLevel
 	if rhs := m.Devices; rhs != nil {
 		tmpContainer := make([]*Device, len(rhs))
 		for k, v := range rhs {
@@ -1008,6 +1009,9 @@ func (this *Capacity) EqualVT(that *Capacity) bool {
 		}
 	}
 	if this.Platform != that.Platform {
+		return false
+	}
+	if this.CpuLevel != that.CpuLevel {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -2535,6 +2539,13 @@ func (m *Capacity) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if len(m.CpuLevel) > 0 {
+		i -= len(m.CpuLevel)
+		copy(dAtA[i:], m.CpuLevel)
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.CpuLevel)))
+		i--
+		dAtA[i] = 0x42
 	}
 	if len(m.Platform) > 0 {
 		i -= len(m.Platform)
@@ -4704,6 +4715,10 @@ func (m *Capacity) SizeVT() (n int) {
 	if l > 0 {
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
+	l = len(m.CpuLevel)
+	if l > 0 {
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -6765,6 +6780,38 @@ func (m *Capacity) UnmarshalVT(dAtA []byte) error {
 				return io.ErrUnexpectedEOF
 			}
 			m.Platform = string(dAtA[iNdEx:postIndex])
+			iNdEx = postIndex
+		case 8:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field CpuLevel", wireType)
+			}
+			var stringLen uint64
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				stringLen |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			intStringLen := int(stringLen)
+			if intStringLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + intStringLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.CpuLevel = string(dAtA[iNdEx:postIndex])
 			iNdEx = postIndex
 		default:
 			iNdEx = preIndex

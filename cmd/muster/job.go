@@ -267,13 +267,13 @@ func newJobExplain(g *globals) *cobra.Command {
 }
 
 // waitAndFetch follows a job to its end and downloads its results.
-func waitAndFetch(cmd *cobra.Command, g *globals, c *client.Client, id, out string, provisional bool) error {
+func waitAndFetch(cmd *cobra.Command, g *globals, c *client.Client, id, out string) error {
 	job, err := watch(cmd.Context(), g, c, id, cmd.ErrOrStderr())
 	if err != nil {
 		return err
 	}
 	if out != "" {
-		n, err := fetchResults(cmd.Context(), c, id, out, provisional)
+		n, err := fetchResults(cmd.Context(), c, id, out, false)
 		if err != nil {
 			return err
 		}

@@ -22,7 +22,7 @@ import (
 )
 
 func newSubmit(g *globals) *cobra.Command {
-	var wait, provisional bool
+	var wait bool
 	var out, imageFile, account string
 	cmd := &cobra.Command{
 		Use:   "submit JOB.yaml",
@@ -42,14 +42,14 @@ downloads the results.`,
 			if err != nil {
 				return err
 			}
-			spec, err := prepare(cmd.Context(), c, args[0], imageFile, cmd.ErrOrStderr())
-			if err != nil {
-				return err
-			}
 			if out != "" {
 				if err := checkOut(out); err != nil {
 					return err
 				}
+			}
+			spec, err := prepare(cmd.Context(), c, args[0], imageFile, cmd.ErrOrStderr())
+			if err != nil {
+				return err
 			}
 			resp, err := c.SubmitJob(cmd.Context(), connect.NewRequest(&musterpb.SubmitJobRequest{Id: client.NewID(), Spec: spec, Account: account}))
 			if err != nil {
@@ -60,7 +60,7 @@ downloads the results.`,
 				return g.print(cmd.OutOrStdout(), map[string]string{"id": id}, func(w *tabwriter.Writer) { row(w, id) })
 			}
 			fmt.Fprintf(cmd.ErrOrStderr(), "submitted %s\n", id)
-			return waitAndFetch(cmd, g, c, id, out, provisional)
+			return waitAndFetch(cmd, g, c, id, out)
 		},
 	}
 	f := cmd.Flags()

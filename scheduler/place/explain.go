@@ -40,6 +40,14 @@ func Explain(nowUnixMS int64, workers []*Worker, job *musterpb.Job, run *state.W
 	return out
 }
 
+// Possible reports whether any worker could take a run of a check, now or once
+// what it is busy with is over.
+func Possible(workers []*Worker, job *musterpb.Job, run *state.WantedRun) bool {
+	return run.Unpaid == "" && slices.ContainsFunc(workers, func(w *Worker) bool {
+		return rejectJob(job, w) == nil && rejectChecker(job.Spec, run, w) == nil
+	})
+}
+
 func summary(e *musterpb.ExplainJobResponse) string {
 	if e.Workers == 0 {
 		return "no worker has joined this network"

@@ -413,7 +413,8 @@ func Class(spec *musterpb.JobSpec, w *musterpb.Worker, devices []*musterpb.Devic
 		return "wasm" // the same bits on every machine
 	}
 	if len(devices) == 0 {
-		return "cpu/" + w.Capacity.GetPlatform()
+		// Libraries choose code by instruction set, and rounding follows from it.
+		return strings.TrimSuffix("cpu/"+w.Capacity.GetPlatform()+"/"+w.Capacity.GetCpuLevel(), "/")
 	}
 	return deviceClass(devices[0])
 }

@@ -195,8 +195,13 @@ func (c Dev) load(path string) (*devFile, error) {
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, err
 	}
-	if len(file.API) > 0 && len(file.API) < c.Schedulers {
-		return nil, api.Errorf(api.Invalid, "the network in %s has %d schedulers; start it with as many, or choose another --dir", c.Dir, len(file.API))
+	if len(file.API) > 0 && len(file.API) != c.Schedulers {
+		return nil, api.Errorf(api.Invalid, "the network in %s has %d schedulers, not %d; start it with as many, or choose another --dir", c.Dir, len(file.API), c.Schedulers)
+	}
+	if file.AdminKey == "" { // an earlier run may have ended before it could say so
+		if key, err := os.ReadFile(filepath.Join(c.Dir, "scheduler-1", "admin.key")); err == nil {
+			file.AdminKey = strings.TrimSpace(string(key))
+		}
 	}
 	if len(file.API) == 0 {
 		host, port, err := net.SplitHostPort(c.Listen)

@@ -69,6 +69,21 @@ func hasData(dir string) bool {
 	return err == nil
 }
 
+// sameHost is where others dial the Raft transport when nothing else is said: a
+// wildcard address becomes the host that the API is dialled at. Empty is the
+// listening address itself.
+func sameHost(advertised, listen string) string {
+	host, port, err := net.SplitHostPort(listen)
+	if ip := net.ParseIP(host); err != nil || (host != "" && (ip == nil || !ip.IsUnspecified())) {
+		return ""
+	}
+	at, _, err := net.SplitHostPort(advertised)
+	if err != nil || port == "0" {
+		return ""
+	}
+	return net.JoinHostPort(at, port)
+}
+
 // advertised is the address for others: what was configured, or where this
 // process listens; a wildcard becomes this machine's name.
 func advertised(configured string, addr net.Addr) string {

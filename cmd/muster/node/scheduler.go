@@ -72,6 +72,9 @@ func (c Scheduler) Run(ctx context.Context) (err error) {
 	}
 	defer listener.Close() // closed by the server already, when that ran
 	c.Advertise = advertised(c.Advertise, listener.Addr())
+	if c.RaftAdvertise == "" {
+		c.RaftAdvertise = sameHost(c.Advertise, c.RaftListen)
+	}
 
 	st := state.New()
 	id := api.NodeIDOf(key.Public().(ed25519.PublicKey))

@@ -90,7 +90,7 @@ func (c Worker) runtimes(ctx context.Context) (map[string]container.Runtime, err
 				return nil, err
 			}
 		case c.Runtime == "docker":
-			return nil, err
+			return nil, api.Errorf(api.Unsupported, "this worker is to run containers, and can't: %w; start the engine, or use --runtime auto", err)
 		default:
 			c.Logger.Info("no container engine: only WebAssembly jobs run here", "reason", err)
 		}
