@@ -301,6 +301,11 @@ func (r *replicas) apply(cmd *musterpb.Command) *musterpb.Answer {
 	if problems := broken(r.State); len(problems) > 0 {
 		r.t.Fatalf("after %v (%v):\n%q", cmd, answer, problems)
 	}
+	for _, account := range r.Accounts() {
+		if b := r.Balance(account); b.DepositedMicroUsd+b.EarnedMicroUsd != b.BalanceMicroUsd+b.InJobsMicroUsd+b.SpentMicroUsd {
+			r.t.Fatalf("the balance of %s does not add up: %v", account, b)
+		}
+	}
 	r.restart(after, hash)
 	return answer
 }

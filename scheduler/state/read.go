@@ -341,11 +341,12 @@ func (s *State) Balance(account string) *musterpb.Balance {
 	}
 	transfers, _ := s.ledger.Transfers(ledger.Of(account), 0, 1<<62)
 	for _, t := range transfers {
+		moved := t.Kind == musterpb.TransferKind_TRANSFER_KIND_MOVE
 		switch {
 		case t.Credit != ledger.Of(account):
-		case t.Debit == ledger.External:
+		case moved && t.Debit == ledger.External:
 			b.DepositedMicroUsd += t.AmountMicroUsd
-		case t.Kind == musterpb.TransferKind_TRANSFER_KIND_POST || t.Debit == ledger.Network:
+		case t.Kind == musterpb.TransferKind_TRANSFER_KIND_POST || moved && t.Debit == ledger.Network:
 			b.EarnedMicroUsd += t.AmountMicroUsd
 		}
 	}
