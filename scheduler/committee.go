@@ -18,41 +18,76 @@ import (
 	"github.com/musternet/muster/verify"
 )
 
-// chains keeps this node's hash chain and the secret it comes from.
+// chains keeps this node's hash chains and the secrets that they come from: the
+// one that it reveals from, and the next one while that waits to be registered.
+// The old one goes only once the new one is in use: this node may lag behind,
+// and think that it left the committee when it is in it again.
 type chains struct {
-	path  string
-	chain *verify.Chain
+	path          string // of the secret in use; the next one's has nextSuffix
+	current, next *verify.Chain
 }
 
-// openChains loads the secret; a node without one makes its first chain when
-// it registers.
-func openChains(path string) (*chains, error) {
-	c := &chains{path: path}
+const nextSuffix = ".next"
+
+// openChains loads what an earlier process kept.
+func openChains(path string) (c *chains, err error) {
+	c = &chains{path: path}
+	if c.current, err = openChain(path); err != nil {
+		return nil, err
+	}
+	if c.next, err = openChain(path + nextSuffix); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// openChain is the chain of the secret in a file, nil where there is none.
+func openChain(path string) (*verify.Chain, error) {
 	secret, err := os.ReadFile(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return c, nil
+		return nil, nil
 	case err != nil:
 		return nil, fmt.Errorf("reading the secret of the hash chain: %w", err)
 	case len(secret) != 32:
 		return nil, fmt.Errorf("the secret of the hash chain in %s has %d bytes, want 32; remove the file to start a new chain", path, len(secret))
 	}
-	c.chain = verify.NewChain(secret)
-	return c, nil
+	return verify.NewChain(secret), nil
 }
 
-// renew makes a chain from a new secret and keeps that on disk before anybody
-// hears of its tip.
-func (c *chains) renew() error {
-	secret := make([]byte, 32)
-	if _, err := rand.Read(secret); err != nil {
-		return fmt.Errorf("making a secret for the hash chain: %w", err)
+// tip is that of the chain to register next. Its secret is on disk before
+// anybody hears of the tip, and as long as nothing of it was revealed it may be
+// registered again.
+func (c *chains) tip() ([]byte, error) {
+	if c.next == nil {
+		secret := make([]byte, 32)
+		if _, err := rand.Read(secret); err != nil {
+			return nil, fmt.Errorf("making a secret for the hash chain: %w", err)
+		}
+		if err := writeFileSync(c.path+nextSuffix, secret); err != nil {
+			return nil, fmt.Errorf("keeping the secret of the hash chain: %w", err)
+		}
+		c.next = verify.NewChain(secret)
 	}
-	if err := writeFileSync(c.path, secret); err != nil {
-		return fmt.Errorf("keeping the secret of the hash chain: %w", err)
+	return c.next.Tip(), nil
+}
+
+// reveal is the next value of the chain that the node is registered with, nil
+// where this is none of its own or has run out.
+func (c *chains) reveal(node *musterpb.Node) ([]byte, error) {
+	if c.next != nil {
+		if value := c.next.Reveal(node.Reveals, node.Tip); value != nil {
+			if err := os.Rename(c.path+nextSuffix, c.path); err != nil {
+				return nil, fmt.Errorf("keeping the secret of the hash chain: %w", err)
+			}
+			c.current, c.next = c.next, nil
+			return value, nil
+		}
 	}
-	c.chain = verify.NewChain(secret)
-	return nil
+	if c.current == nil {
+		return nil, nil
+	}
+	return c.current.Reveal(node.Reveals, node.Tip), nil
 }
 
 // takePartInDraws keeps this node in the committee: it registers a chain, and
@@ -83,21 +118,26 @@ func (s *Scheduler) takePart(ctx context.Context, c *chains) error {
 	if node == nil {
 		return nil // not registered yet
 	}
+	value, err := c.reveal(node)
+	if err != nil {
+		return err
+	}
 	batch := s.State.Drawing()
-	if len(node.Tip) == 0 || c.chain == nil || c.chain.Reveal(node.Reveals, node.Tip) == nil {
+	if value == nil {
 		if batch != nil {
 			return nil // a new chain may not enter while a batch is drawn
 		}
-		if err := c.renew(); err != nil {
+		tip, err := c.tip()
+		if err != nil {
 			return err
 		}
-		return s.proposeAsNode(ctx, &musterpb.Command{Body: &musterpb.Command_RegisterTip{RegisterTip: &musterpb.RegisterTip{Node: node.Id, Tip: c.chain.Tip()}}})
+		return s.proposeAsNode(ctx, &musterpb.Command{Body: &musterpb.Command_RegisterTip{RegisterTip: &musterpb.RegisterTip{Node: node.Id, Tip: tip}}})
 	}
 	if batch == nil || !slices.Contains(batch.Committee, node.Id) ||
 		slices.ContainsFunc(batch.Reveals, func(r *musterpb.Reveal) bool { return r.Node == node.Id }) {
 		return nil
 	}
-	reveal := &musterpb.Reveal{Node: node.Id, Epoch: batch.Epoch, Value: c.chain.Reveal(node.Reveals, node.Tip)}
+	reveal := &musterpb.Reveal{Node: node.Id, Epoch: batch.Epoch, Value: value}
 	return s.proposeAsNode(ctx, &musterpb.Command{Body: &musterpb.Command_Reveal{Reveal: &musterpb.RevealValue{Reveal: reveal}}})
 }
 
