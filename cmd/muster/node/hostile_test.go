@@ -178,8 +178,8 @@ func TestHostileResults(t *testing.T) {
 		{name: "item twice", before: func(p *product) { p.manifest.Items[1] = p.manifest.Items[0] }, want: "the manifest lists index 0 in place of 1"},
 		{name: "item of another task", before: func(p *product) { p.manifest.Items[3].Index = 77 }, want: "the manifest lists index 77 in place of 3"},
 		{name: "other parameters", before: func(p *product) { p.manifest.Items[0].ParametersDigest = make([]byte, 32) }, want: "was computed from other inputs or parameters"},
-		{name: "manifest not uploaded", after: func(w *rawWorker, p *product) { p.skip = "manifest" }, want: "is not stored here"},
-		{name: "archive not uploaded", after: func(w *rawWorker, p *product) { p.skip = "archive" }, want: "is not stored here"},
+		{name: "manifest not uploaded", after: func(w *rawWorker, p *product) { p.skip = "manifest" }, want: "was not uploaded"},
+		{name: "archive not uploaded", after: func(w *rawWorker, p *product) { p.skip = "archive" }, want: "was not uploaded"},
 		{name: "garbage for a manifest", after: func(w *rawWorker, p *product) {
 			garbage := bytes.Repeat([]byte{0xff}, 333)
 			p.commit.ManifestDigest = string(w.put(w.account, garbage))
