@@ -654,7 +654,7 @@ func (d *decoder) whole(n node, most uint64) uint64 {
 	}
 	v, err := strconv.ParseUint(text, 10, 64)
 	if err != nil || v > most {
-		d.fail(n, "want a whole number, 0 to %d", most)
+		d.fail(n, "want a whole number")
 		return 0
 	}
 	return v

@@ -44,19 +44,19 @@ const WasmPlatform = "wasip1/wasm"
 // Info is what an archive says about itself.
 type Info struct {
 	// Digest is of the file, not of a manifest in it.
-	Digest api.Digest
-	Bytes  int64
-	Format Format
+	Digest api.Digest `json:"digest"`
+	Bytes  int64      `json:"bytes"`
+	Format Format     `json:"format"`
 	// Platforms are those with all their layers in the archive, sorted:
 	// "linux/amd64". Never empty.
-	Platforms []string
+	Platforms []string `json:"platforms"`
 	// Tags are the names that the archive gives its image; often none.
-	Tags []string
+	Tags []string `json:"tags,omitempty"`
 	// The rest is of the image for the first platform.
-	Entrypoint []string
-	Command    []string
-	Env        []string
-	User       string
+	Entrypoint []string `json:"entrypoint,omitempty"`
+	Command    []string `json:"command,omitempty"`
+	Env        []string `json:"env,omitempty"`
+	User       string   `json:"user,omitempty"`
 }
 
 // Inspect reads what the file at path is: a docker-save or OCI-layout tar, or a
