@@ -33,7 +33,7 @@ func (w *Worker) connect(ctx context.Context) error {
 	s := client.Session(ctx, w.http, address, w.APIKey)
 	// The transport notices the end of ctx only where it does not wait for more of
 	// the request.
-	defer context.AfterFunc(ctx, func() { _ = s.CloseRequest() })()
+	context.AfterFunc(ctx, func() { _ = s.CloseRequest() })
 	silent := time.AfterFunc(handshakeWithin, cancel)
 	welcome, err := w.shakeHands(s)
 	if !silent.Stop() {
