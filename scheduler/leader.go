@@ -23,8 +23,11 @@ const (
 	maxTasksPerJob = 512 // looked at in one round
 	maxExaminers   = 4   // results examined or compared at once
 	maxCompares    = 256 // comparisons under way or waiting for an examiner
-	// examineWithin bounds one examination: a store that hangs may not keep an
-	// examiner, and the lease of what it examines, for good.
+	// maxAccountExaminers bounds how many of them work for one account's jobs, so
+	// that nobody's large results keep those of everybody else waiting.
+	maxAccountExaminers = 2
+	// examineWithin bounds one examination: neither a store that hangs nor a
+	// result without end may keep an examiner.
 	examineWithin = 15 * time.Minute
 	// unreadablePause is how long a comparison waits whose results could not be
 	// read, and refusedPause how long placement does after a refusal: both change
@@ -42,12 +45,14 @@ type leader struct {
 	examiners *semaphore.Weighted
 	wake      chan struct{} // capacity 1: sessions or leases changed
 
-	mu       sync.Mutex
-	sessions map[string]*session // guarded by mu; by worker
-	leases   map[string]*lease   // guarded by mu; by attempt
-	busy     map[string]bool     // guarded by mu; checks and attempts being examined
-	closed   bool                // guarded by mu; no session attaches any more
-	work     sync.WaitGroup      // what examine and beside began; grows under mu while not closed
+	mu        sync.Mutex
+	sessions  map[string]*session            // guarded by mu; by worker
+	leases    map[string]*lease              // guarded by mu; by attempt
+	unread    map[string]time.Time           // guarded by mu; checks whose results can't be read, since when
+	byAccount map[string]*semaphore.Weighted // guarded by mu; examiners of one account's jobs
+	busy      map[string]bool                // guarded by mu; checks and attempts being examined
+	closed    bool                           // guarded by mu; no session attaches any more
+	work      sync.WaitGroup                 // what examine and beside began; grows under mu while not closed
 }
 
 // lease is the right of a worker to run an attempt.
@@ -62,7 +67,7 @@ const maxLogTail = 64 << 10
 func newLeader(ctx context.Context, s *Scheduler) *leader {
 	return &leader{
 		Scheduler: s, ctx: ctx, examiners: semaphore.NewWeighted(maxExaminers), wake: make(chan struct{}, 1),
-		sessions: map[string]*session{}, leases: map[string]*lease{}, busy: map[string]bool{},
+		sessions: map[string]*session{}, leases: map[string]*lease{}, byAccount: map[string]*semaphore.Weighted{}, unread: map[string]time.Time{}, busy: map[string]bool{},
 	}
 }
 
@@ -145,7 +150,7 @@ func (l *leader) placeRound(ctx context.Context) (placed, refused int) {
 	}
 	live := l.State.LiveAttempts()
 	plan := place.Plan(&place.Input{
-		NowUnixMS: time.Now().UnixMilli(), Workers: l.workers(live), Work: work, Usage: l.usage(live), Seed: l.seedOf, Max: maxPlacements,
+		NowUnixMS: l.Replica.Now(), Workers: l.workers(live), Work: work, Usage: l.usage(live), Seed: l.seedOf, Max: maxPlacements,
 	})
 	done := make([]bool, len(plan))
 	var wg sync.WaitGroup
@@ -271,21 +276,40 @@ func (l *leader) expireLeases(ctx context.Context) {
 	}
 	l.grantLeases(slices.Collect(maps.Values(live)))
 	now := time.Now()
-	var expired []string
+	var expired, overdue []string
 	l.mu.Lock()
 	for id, lease := range l.leases {
-		if live[id] == nil {
+		switch {
+		case live[id] == nil:
 			delete(l.leases, id)
-		} else if now.After(lease.deadline) && !l.busy[id] {
+		case l.busy[id]:
+		case now.After(lease.deadline):
 			expired = append(expired, id)
+		case l.overdue(live[id]):
+			overdue = append(overdue, id)
 		}
 	}
 	l.mu.Unlock()
+	for _, id := range overdue {
+		reason := fmt.Sprintf("worker %s neither delivered nor gave up within the job's time-out of %s and %s for fetching and uploading",
+			live[id].Worker, time.Duration(l.State.Job(live[id].Job).Spec.TimeoutMs)*time.Millisecond, l.Timing.TransferLimit)
+		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Reason: reason, Blame: musterpb.Blame_BLAME_WORKER})
+	}
 	for _, id := range expired {
 		reason := fmt.Sprintf("worker %s was not heard of for a whole lease (%s)", live[id].Worker, l.Timing.LeaseTTL)
 		// An error means that it is over already, or that the leadership is.
 		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Reason: reason, Blame: musterpb.Blame_BLAME_NETWORK})
 	}
+}
+
+// overdue reports whether an attempt lasts longer than its job allows, whatever
+// its worker says: a lease that is renewed for ever would hold money for ever.
+func (l *leader) overdue(a *musterpb.Attempt) bool {
+	since, limit := a.PlacedUnixMs, l.Timing.TransferLimit
+	if a.StartedUnixMs > 0 {
+		since, limit = a.StartedUnixMs, limit+time.Duration(l.State.Job(a.Job).Spec.TimeoutMs)*time.Millisecond
+	}
+	return l.Replica.Now()-since > limit.Milliseconds()
 }
 
 // end ends an attempt without a result. An error of kind api.Unavailable means
@@ -326,7 +350,7 @@ func (l *leader) giveUpDisputes(ctx context.Context, since map[string]time.Time)
 			if now.Sub(since[id]) < l.Timing.DisputePatience {
 				continue
 			}
-			why := place.Explain(now.UnixMilli(), workers, w.Job, &run).Summary
+			why := place.Explain(l.Replica.Now(), workers, w.Job, &run).Summary
 			cmd := &musterpb.GiveUpCheck{Check: id, Reason: "no further owner could run it: " + why}
 			if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_GiveUpCheck{GiveUpCheck: cmd}}); err != nil {
 				l.Logger.Debug("a check could not be given up", "check", id, "err", err)
@@ -390,7 +414,7 @@ func (l *leader) compareLoop(ctx context.Context) {
 			if l.busyWith() > maxCompares {
 				break // the first of them to end changes the state
 			}
-			l.examine(c.Check.Id, func(ctx context.Context) error { return l.compare(ctx, c) })
+			l.examine(l.State.Job(c.Check.Job).Account, c.Check.Id, func(ctx context.Context) error { return l.compare(ctx, c) })
 		}
 		select {
 		case <-ctx.Done():
@@ -402,9 +426,9 @@ func (l *leader) compareLoop(ctx context.Context) {
 
 // examine runs f beside the caller, once an examiner is free, unless something
 // with that key is under way. After an error the key stays taken for a while.
-func (l *leader) examine(key string, f func(context.Context) error) {
+func (l *leader) examine(account, key string, f func(context.Context) error) {
 	l.beside(key, func() {
-		if l.examineNow(f) == nil {
+		if l.examineNow(account, f) == nil {
 			return
 		}
 		select {
@@ -414,7 +438,12 @@ func (l *leader) examine(key string, f func(context.Context) error) {
 	})
 }
 
-func (l *leader) examineNow(f func(context.Context) error) error {
+func (l *leader) examineNow(account string, f func(context.Context) error) error {
+	own := l.accountExaminers(account)
+	if err := own.Acquire(l.ctx, 1); err != nil {
+		return err
+	}
+	defer own.Release(1)
 	if err := l.examiners.Acquire(l.ctx, 1); err != nil {
 		return err
 	}
@@ -422,6 +451,16 @@ func (l *leader) examineNow(f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(l.ctx, examineWithin)
 	defer cancel()
 	return f(ctx)
+}
+
+// accountExaminers bounds the examiners that work for one account's jobs.
+func (l *leader) accountExaminers(account string) *semaphore.Weighted {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.byAccount[account] == nil {
+		l.byAccount[account] = semaphore.NewWeighted(maxAccountExaminers)
+	}
+	return l.byAccount[account]
 }
 
 // beside runs f beside the caller, unless something with that key is under way.
@@ -443,6 +482,25 @@ func (l *leader) beside(key string, f func()) {
 	})
 }
 
+// unreadable puts off a comparison whose results can't be read, and gives the
+// check up when that lasts: a blob that is lost for good may not hold a job, and
+// its money, for ever.
+func (l *leader) unreadable(check string, err error) error {
+	l.mu.Lock()
+	if l.unread[check].IsZero() {
+		l.unread[check] = time.Now()
+	}
+	since := l.unread[check]
+	l.mu.Unlock()
+	l.Logger.Warn("results could not be read for a comparison; it is tried again", "check", check, "err", err)
+	if time.Since(since) < l.Timing.DisputePatience {
+		return err
+	}
+	cmd := &musterpb.GiveUpCheck{Check: check, Reason: clip(fmt.Sprintf("results could not be read for %s: %v", l.Timing.DisputePatience, err), maxReason)}
+	_, proposed := l.Propose(l.ctx, &musterpb.Command{Body: &musterpb.Command_GiveUpCheck{GiveUpCheck: cmd}})
+	return proposed
+}
+
 // busyWith is how much is under way beside the loops.
 func (l *leader) busyWith() int {
 	l.mu.Lock()
@@ -460,11 +518,17 @@ func (l *leader) compare(ctx context.Context, c state.Comparable) error {
 		return err
 	}
 	cmd := &musterpb.RecordComparisons{Check: c.Check.Id}
+	defer func() {
+		if len(cmd.Comparisons) == len(c.Pairs) {
+			l.mu.Lock()
+			delete(l.unread, c.Check.Id)
+			l.mu.Unlock()
+		}
+	}()
 	for _, pair := range c.Pairs {
 		match, detail, err := l.comparePair(ctx, comparator, pair, c.Check.Items, job.Spec.Resources.GetDiskBytes())
 		if err != nil {
-			l.Logger.Warn("results could not be read for a comparison; it is tried again", "check", c.Check.Id, "err", err)
-			return err
+			return l.unreadable(c.Check.Id, err)
 		}
 		cmd.Comparisons = append(cmd.Comparisons, &musterpb.Comparison{A: pair[0], B: pair[1], Match: match, Detail: detail})
 	}
@@ -519,7 +583,7 @@ func (s *Scheduler) Explain(id string) (*musterpb.ExplainJobResponse, error) {
 	if job == nil {
 		return nil, api.Errorf(api.NotFound, "job %q is not known", id)
 	}
-	now, workers := time.Now().UnixMilli(), l.workers(s.State.LiveAttempts())
+	now, workers := l.Replica.Now(), l.workers(s.State.LiveAttempts())
 	out := place.Explain(now, workers, job, nil)
 	switch {
 	case state.Ended(job.State):

@@ -34,6 +34,7 @@ const (
 	DefaultRevealTimeout   = 2 * time.Second
 	DefaultBatchInterval   = 100 * time.Millisecond
 	DefaultDisputePatience = 10 * time.Minute
+	DefaultTransferLimit   = time.Hour
 	DefaultHandshake       = 15 * time.Second
 )
 
@@ -53,6 +54,9 @@ type Timing struct {
 	// DisputePatience is how long a dispute waits for a further owner before it
 	// is inconclusive.
 	DisputePatience time.Duration
+	// TransferLimit is how long a worker may take to fetch what an attempt needs,
+	// and again how long to upload what came out.
+	TransferLimit time.Duration
 	// Handshake is how long a worker may take to say who it is.
 	Handshake time.Duration
 }
@@ -68,6 +72,7 @@ func (t Timing) withDefaults() Timing {
 	def(&t.RevealTimeout, DefaultRevealTimeout)
 	def(&t.BatchInterval, DefaultBatchInterval)
 	def(&t.DisputePatience, DefaultDisputePatience)
+	def(&t.TransferLimit, DefaultTransferLimit)
 	def(&t.Handshake, DefaultHandshake)
 	return t
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -270,7 +271,8 @@ func (l *leader) mayContinue(worker, id string) bool {
 		if a.Check != "" {
 			// Its result is refused, as that of work is when another came first.
 			// Stopping it at once, and not work, would tell the two apart.
-			return l.State.Check(a.Check).Verdict <= musterpb.Verdict_VERDICT_UNSPECIFIED
+			verdict := l.State.Check(a.Check).Verdict
+			return verdict == musterpb.Verdict_VERDICT_UNSPECIFIED || verdict == musterpb.Verdict_VERDICT_AWAITING_DATA
 		}
 		return !state.Ended(job.State) && task.Result == ""
 	}
@@ -347,8 +349,10 @@ func (l *leader) receive(sess *session, m *musterpb.WorkerMessage) {
 		}
 	case *musterpb.WorkerMessage_Commit:
 		if !l.answered(sess.worker, m.Commit) {
-			l.examine(m.Commit.Attempt, func(ctx context.Context) error {
-				l.commit(ctx, sess.worker, m.Commit)
+			received := l.Replica.Now()
+			account := l.State.Job(l.State.Attempt(m.Commit.Attempt).Job).Account
+			l.examine(account, m.Commit.Attempt, func(ctx context.Context) error {
+				l.commit(ctx, sess.worker, m.Commit, received)
 				return nil
 			})
 		}
@@ -447,21 +451,30 @@ func (l *leader) tooLate(a *musterpb.Attempt) error {
 
 // commit examines a result and enters it into the log. Where this side is at
 // fault it does not answer: the worker offers the result again.
-func (l *leader) commit(ctx context.Context, worker string, c *musterpb.Commit) {
+func (l *leader) commit(ctx context.Context, worker string, c *musterpb.Commit, receivedUnixMS int64) {
 	if l.answered(worker, c) {
 		return
 	}
 	a := l.State.Attempt(c.Attempt)
+	if a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
+		// A worker is paid from its start, and not from its placement: saying
+		// nothing of the start may not be worth the time that it fetched.
+		l.started(a.Id)
+	}
 	err := l.checkResult(ctx, a, c)
 	if err == nil {
-		_, err = l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_CommitResult{CommitResult: &musterpb.CommitResult{Commit: c}}})
+		_, err = l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_CommitResult{CommitResult: &musterpb.CommitResult{Commit: c, ReceivedUnixMs: receivedUnixMS}}})
 		if err == nil || api.KindOf(err) == api.Conflict {
 			l.outcome(worker, c.Attempt, err)
 			return
 		}
 	}
 	blame, ours := refusalBlame(err)
-	if ctx.Err() != nil || (ours && api.KindOf(err) == api.Unavailable) {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		err = api.Errorf(api.TooLarge, "examining the outputs took longer than %s; let a task produce less (chunk, resources.disk)", examineWithin)
+		blame, ours = musterpb.Blame_BLAME_JOB, false
+	}
+	if l.ctx.Err() != nil || (ours && api.KindOf(err) == api.Unavailable) {
 		l.Logger.Warn("a result could not be examined; the worker offers it again", "attempt", a.Id, "err", err)
 		return
 	}

@@ -108,9 +108,9 @@ type imageComparator struct {
 }
 
 const (
-	// maxPixels bounds what is decoded: 16K video (15,360×8,640) just fits, and
-	// takes 1 GiB at 16 bits a channel.
-	maxPixels = 1 << 27
+	// maxPixels bounds what is decoded: 8K video (7,680×4,320) fits twice, and a
+	// picture takes at most 512 MiB at 16 bits a channel.
+	maxPixels = 1 << 26
 	// maxPixelsPerByte keeps a short file from having much memory set aside by
 	// the size in its header alone. Deflate makes at most 1,032 bytes of one
 	// (zlib's technical notes), a pixel takes at least one bit of them, and a

@@ -300,14 +300,14 @@ func TestPictureBombs(t *testing.T) {
 	}
 	jpegBomb := jpegOf(t, image.NewGray(image.Rect(0, 0, 8, 8)), 50)
 	sof := bytes.Index(jpegBomb, []byte{0xff, 0xc0})
-	copy(jpegBomb[sof+5:], []byte{0xff, 0xff, 0x07, 0xff})
+	copy(jpegBomb[sof+5:], []byte{0xff, 0xff, 0x03, 0xff})
 	for name, c := range map[string]struct {
 		data []byte
 		say  string
 	}{
 		"4 G × 4 G":               {header(1<<31-1, 1<<31-1), ""},
-		"65,535 × 65,535":         {header(65_535, 65_535), "at most 134217728 pixels"},
-		"within the limit, short": {header(11_000, 11_000), "do not fit its"},
+		"65,535 × 65,535":         {header(65_535, 65_535), "at most 67108864 pixels"},
+		"within the limit, short": {header(8_000, 8_000), "do not fit its"},
 		"no width":                {header(0, 10), ""},
 		"JPEG":                    {jpegBomb, "do not fit its"},
 	} {

@@ -216,7 +216,9 @@ func (w *Worker) inputs(ctx context.Context, list []*musterpb.Input, dst string)
 		var done func()
 		if in.Directory {
 			path, done, err = w.cache.Get(ctx, api.Digest(in.Digest), func(tree string) error { return w.fetchTree(ctx, in, tree) })
-			err = ours(err)
+			if err = ours(err); api.KindOf(err) == api.TooLarge || api.KindOf(err) == api.Invalid {
+				err = jobFault(exitBadOutputs, "%w", err)
+			}
 		} else {
 			path, done, err = w.fetch(ctx, in.Digest, in.SizeBytes)
 		}
@@ -231,8 +233,9 @@ func (w *Worker) inputs(ctx context.Context, list []*musterpb.Input, dst string)
 	return release, nil
 }
 
-// Limits of an input directory once it is unpacked.
-var treeLimits = blob.Limits{Bytes: 1 << 40, Files: 1_000_000}
+// maxTreeFiles bounds the files of an input directory; its bytes are bounded by
+// the disk that the owner gave.
+const maxTreeFiles = 1_000_000
 
 func (w *Worker) fetchTree(ctx context.Context, in *musterpb.Input, tree string) error {
 	archive := tree + ".archive"
@@ -252,7 +255,7 @@ func (w *Worker) fetchTree(ctx context.Context, in *musterpb.Input, tree string)
 	if err := os.Mkdir(tree, 0o755); err != nil {
 		return err
 	}
-	err = blob.ExtractDir(f, tree, treeLimits)
+	err = blob.ExtractDir(f, tree, blob.Limits{Bytes: w.DiskBytes, Files: maxTreeFiles})
 	if kind := api.KindOf(err); err != nil && (kind == api.Invalid || kind == api.TooLarge) {
 		return jobFault(exitBadInputs, "%w", err)
 	}

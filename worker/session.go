@@ -201,10 +201,11 @@ func (w *Worker) reportAgain() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, r := range w.runs {
+		if r.started { // first: time that nobody saw the start of is not paid
+			w.say(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Started{Started: &musterpb.AttemptStarted{Attempt: r.assignment.Attempt}}})
+		}
 		if r.report != nil {
 			w.say(r.report)
-		} else if r.started {
-			w.say(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Started{Started: &musterpb.AttemptStarted{Attempt: r.assignment.Attempt}}})
 		}
 	}
 }

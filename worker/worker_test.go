@@ -289,7 +289,7 @@ func testConfig(t *testing.T, f *fakeScheduler, fake *container.Fake) Config {
 	}
 	return Config{
 		Key: key, Name: "test", Dir: t.TempDir(), Schedulers: []string{strings.TrimPrefix(f.url, "http://")}, APIKey: theKey,
-		Runtimes: map[string]container.Runtime{"wasm": fake, "docker": fake}, CacheBytes: 1 << 30,
+		Runtimes: map[string]container.Runtime{"wasm": fake, "docker": fake}, CacheBytes: 1 << 30, DiskBytes: 1 << 30, BlobPatience: 300 * time.Millisecond,
 		Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	}
 }
@@ -605,8 +605,8 @@ func TestFailures(t *testing.T) {
 	}{
 		{name: "exit code", run: result(container.Exited, 42), blame: musterpb.Blame_BLAME_JOB, code: 42, want: "ended with exit code 42"},
 		{name: "time-out", run: result(container.TimedOut, 0), blame: musterpb.Blame_BLAME_JOB, code: 124, want: "longer than its time-out of 1m0s"},
-		{name: "memory", run: result(container.OutOfMemory, 0), blame: musterpb.Blame_BLAME_JOB, code: 137, want: "more than the 33554432 bytes of resources.memory"},
-		{name: "output", run: result(container.OutputTooLarge, 0), blame: musterpb.Blame_BLAME_JOB, code: 65, want: "more than the 1048576 bytes of resources.disk"},
+		{name: "memory", run: result(container.OutOfMemory, 0), blame: musterpb.Blame_BLAME_JOB, code: 137, want: "more than the 32MiB of resources.memory"},
+		{name: "output", run: result(container.OutputTooLarge, 0), blame: musterpb.Blame_BLAME_JOB, code: 65, want: "more than the 1MiB of resources.disk"},
 		{name: "no output", run: func(container.Spec) (container.Result, error) { return container.Result{OutputBytes: 1}, nil }, blame: musterpb.Blame_BLAME_JOB, code: 65, want: "item 10: /out/10 is missing"},
 		{name: "image missing", ensure: api.Errorf(api.NotFound, "no such manifest"), blame: musterpb.Blame_BLAME_JOB, code: 126, want: "image program.wasm: no such manifest"},
 		{name: "image of another platform", ensure: api.Errorf(api.Unsupported, "arm64"), blame: musterpb.Blame_BLAME_JOB, code: 126, want: "arm64"},

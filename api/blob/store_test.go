@@ -14,8 +14,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 	"testing/iotest"
+	"time"
 
 	"go.uber.org/goleak"
 	"gocloud.dev/blob/memblob"

@@ -116,9 +116,27 @@ func check(spec *musterpb.JobSpec, draft bool) []problem {
 	c.inputs(spec.Inputs)
 	c.items(spec)
 	c.resources(spec.Resources)
+	c.wasm(spec)
 	c.limits(spec)
 	c.verify(spec.Verify)
 	return c.problems
+}
+
+// wasm refuses what a WebAssembly module can't have.
+func (c *checker) wasm(spec *musterpb.JobSpec) {
+	if spec.Image.GetKind() != musterpb.ImageKind_IMAGE_KIND_WASM {
+		return
+	}
+	r := spec.Resources
+	if r.GetGpus() > 0 {
+		c.failf("resources.gpus", strconv.FormatUint(uint64(r.Gpus), 10), "a WebAssembly module has no GPUs; use a container image, or leave this out")
+	}
+	if spec.Network {
+		c.failf("network", "yes", "a WebAssembly module has no network; use a container image, or leave this out")
+	}
+	if cpus := r.GetMilliCpus(); r != nil && cpus < 1000 {
+		c.failf("resources.cpus", strconv.FormatFloat(float64(cpus)/1000, 'f', -1, 64), "a WebAssembly module keeps one core busy; give it at least 1")
+	}
 }
 
 func (c *checker) failf(field, value, format string, args ...any) {

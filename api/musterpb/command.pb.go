@@ -1177,10 +1177,11 @@ func (x *StartAttempt) GetAttempt() string {
 }
 
 type CommitResult struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Commit        *Commit                `protobuf:"bytes,1,opt,name=commit,proto3" json:"commit,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Commit         *Commit                `protobuf:"bytes,1,opt,name=commit,proto3" json:"commit,omitempty"`
+	ReceivedUnixMs int64                  `protobuf:"varint,2,opt,name=received_unix_ms,json=receivedUnixMs,proto3" json:"received_unix_ms,omitempty"` // by the leader, before it examined the result
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *CommitResult) Reset() {
@@ -1218,6 +1219,13 @@ func (x *CommitResult) GetCommit() *Commit {
 		return x.Commit
 	}
 	return nil
+}
+
+func (x *CommitResult) GetReceivedUnixMs() int64 {
+	if x != nil {
+		return x.ReceivedUnixMs
+	}
+	return 0
 }
 
 type EndAttempt struct {
@@ -1647,9 +1655,10 @@ const file_muster_v1_command_proto_rawDesc = "" +
 	"\adevices\x18\a \x03(\tR\adevices\x12\x18\n" +
 	"\arelaxed\x18\b \x01(\tR\arelaxed\"(\n" +
 	"\fStartAttempt\x12\x18\n" +
-	"\aattempt\x18\x01 \x01(\tR\aattempt\"9\n" +
+	"\aattempt\x18\x01 \x01(\tR\aattempt\"c\n" +
 	"\fCommitResult\x12)\n" +
-	"\x06commit\x18\x01 \x01(\v2\x11.muster.v1.CommitR\x06commit\"\xd1\x01\n" +
+	"\x06commit\x18\x01 \x01(\v2\x11.muster.v1.CommitR\x06commit\x12(\n" +
+	"\x10received_unix_ms\x18\x02 \x01(\x03R\x0ereceivedUnixMs\"\xd1\x01\n" +
 	"\n" +
 	"EndAttempt\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12-\n" +

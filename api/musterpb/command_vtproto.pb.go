@@ -505,6 +505,7 @@ func (m *CommitResult) CloneVT() *CommitResult {
 	}
 	r := new(CommitResult)
 	r.Commit = m.Commit.CloneVT()
+	r.ReceivedUnixMs = m.ReceivedUnixMs
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -1520,6 +1521,9 @@ func (this *CommitResult) EqualVT(that *CommitResult) bool {
 		return false
 	}
 	if !this.Commit.EqualVT(that.Commit) {
+		return false
+	}
+	if this.ReceivedUnixMs != that.ReceivedUnixMs {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -2997,6 +3001,11 @@ func (m *CommitResult) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.ReceivedUnixMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ReceivedUnixMs))
+		i--
+		dAtA[i] = 0x10
+	}
 	if m.Commit != nil {
 		size, err := m.Commit.MarshalToSizedBufferVT(dAtA[:i])
 		if err != nil {
@@ -3895,6 +3904,9 @@ func (m *CommitResult) SizeVT() (n int) {
 	if m.Commit != nil {
 		l = m.Commit.SizeVT()
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.ReceivedUnixMs != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.ReceivedUnixMs))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -6721,6 +6733,25 @@ func (m *CommitResult) UnmarshalVT(dAtA []byte) error {
 				return err
 			}
 			iNdEx = postIndex
+		case 2:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ReceivedUnixMs", wireType)
+			}
+			m.ReceivedUnixMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ReceivedUnixMs |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

@@ -1328,18 +1328,19 @@ func (x *Job) GetSettled() bool {
 }
 
 type Task struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Job           string                 `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
-	Number        uint32                 `protobuf:"varint,2,opt,name=number,proto3" json:"number,omitempty"`
-	State         TaskState              `protobuf:"varint,3,opt,name=state,proto3,enum=muster.v1.TaskState" json:"state,omitempty"`
-	Attempts      []string               `protobuf:"bytes,4,rep,name=attempts,proto3" json:"attempts,omitempty"`
-	Result        string                 `protobuf:"bytes,5,opt,name=result,proto3" json:"result,omitempty"` // the committed attempt
-	Failures      uint32                 `protobuf:"varint,6,opt,name=failures,proto3" json:"failures,omitempty"`
-	AvoidOwners   []string               `protobuf:"bytes,7,rep,name=avoid_owners,json=avoidOwners,proto3" json:"avoid_owners,omitempty"`
-	LastExitCode  int32                  `protobuf:"varint,8,opt,name=last_exit_code,json=lastExitCode,proto3" json:"last_exit_code,omitempty"` // of the failure blamed on the job
-	LastExitOwner string                 `protobuf:"bytes,9,opt,name=last_exit_owner,json=lastExitOwner,proto3" json:"last_exit_owner,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Job            string                 `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	Number         uint32                 `protobuf:"varint,2,opt,name=number,proto3" json:"number,omitempty"`
+	State          TaskState              `protobuf:"varint,3,opt,name=state,proto3,enum=muster.v1.TaskState" json:"state,omitempty"`
+	Attempts       []string               `protobuf:"bytes,4,rep,name=attempts,proto3" json:"attempts,omitempty"`
+	Result         string                 `protobuf:"bytes,5,opt,name=result,proto3" json:"result,omitempty"` // the committed attempt
+	Failures       uint32                 `protobuf:"varint,6,opt,name=failures,proto3" json:"failures,omitempty"`
+	AvoidOwners    []string               `protobuf:"bytes,7,rep,name=avoid_owners,json=avoidOwners,proto3" json:"avoid_owners,omitempty"`
+	LastExitCode   int32                  `protobuf:"varint,8,opt,name=last_exit_code,json=lastExitCode,proto3" json:"last_exit_code,omitempty"`      // of the failures blamed on the job
+	LastExitOwners []string               `protobuf:"bytes,9,rep,name=last_exit_owners,json=lastExitOwners,proto3" json:"last_exit_owners,omitempty"` // who reported that code, one after the other
+	Losses         uint32                 `protobuf:"varint,10,opt,name=losses,proto3" json:"losses,omitempty"`                                       // attempts that ended and nobody was to blame
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Task) Reset() {
@@ -1428,11 +1429,18 @@ func (x *Task) GetLastExitCode() int32 {
 	return 0
 }
 
-func (x *Task) GetLastExitOwner() string {
+func (x *Task) GetLastExitOwners() []string {
 	if x != nil {
-		return x.LastExitOwner
+		return x.LastExitOwners
 	}
-	return ""
+	return nil
+}
+
+func (x *Task) GetLosses() uint32 {
+	if x != nil {
+		return x.Losses
+	}
+	return 0
 }
 
 type Attempt struct {
@@ -3038,7 +3046,7 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\rlive_attempts\x18\x16 \x01(\rR\fliveAttempts\x12\x1f\n" +
 	"\vopen_checks\x18\x17 \x01(\rR\n" +
 	"openChecks\x12\x18\n" +
-	"\asettled\x18\x18 \x01(\bR\asettled\"\x9d\x02\n" +
+	"\asettled\x18\x18 \x01(\bR\asettled\"\xb7\x02\n" +
 	"\x04Task\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\rR\x06number\x12*\n" +
@@ -3047,8 +3055,10 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x06result\x18\x05 \x01(\tR\x06result\x12\x1a\n" +
 	"\bfailures\x18\x06 \x01(\rR\bfailures\x12!\n" +
 	"\favoid_owners\x18\a \x03(\tR\vavoidOwners\x12$\n" +
-	"\x0elast_exit_code\x18\b \x01(\x05R\flastExitCode\x12&\n" +
-	"\x0flast_exit_owner\x18\t \x01(\tR\rlastExitOwner\"\x81\x06\n" +
+	"\x0elast_exit_code\x18\b \x01(\x05R\flastExitCode\x12(\n" +
+	"\x10last_exit_owners\x18\t \x03(\tR\x0elastExitOwners\x12\x16\n" +
+	"\x06losses\x18\n" +
+	" \x01(\rR\x06losses\"\x81\x06\n" +
 	"\aAttempt\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03job\x18\x02 \x01(\tR\x03job\x12\x12\n" +

@@ -269,7 +269,7 @@ func (m *Task) CloneVT() *Task {
 	r.Result = m.Result
 	r.Failures = m.Failures
 	r.LastExitCode = m.LastExitCode
-	r.LastExitOwner = m.LastExitOwner
+	r.Losses = m.Losses
 	if rhs := m.Attempts; rhs != nil {
 		tmpContainer := make([]string, len(rhs))
 		copy(tmpContainer, rhs)
@@ -279,6 +279,11 @@ func (m *Task) CloneVT() *Task {
 		tmpContainer := make([]string, len(rhs))
 		copy(tmpContainer, rhs)
 		r.AvoidOwners = tmpContainer
+	}
+	if rhs := m.LastExitOwners; rhs != nil {
+		tmpContainer := make([]string, len(rhs))
+		copy(tmpContainer, rhs)
+		r.LastExitOwners = tmpContainer
 	}
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
@@ -1249,7 +1254,16 @@ func (this *Task) EqualVT(that *Task) bool {
 	if this.LastExitCode != that.LastExitCode {
 		return false
 	}
-	if this.LastExitOwner != that.LastExitOwner {
+	if len(this.LastExitOwners) != len(that.LastExitOwners) {
+		return false
+	}
+	for i, vx := range this.LastExitOwners {
+		vy := that.LastExitOwners[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if this.Losses != that.Losses {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -3024,12 +3038,19 @@ func (m *Task) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
-	if len(m.LastExitOwner) > 0 {
-		i -= len(m.LastExitOwner)
-		copy(dAtA[i:], m.LastExitOwner)
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.LastExitOwner)))
+	if m.Losses != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Losses))
 		i--
-		dAtA[i] = 0x4a
+		dAtA[i] = 0x50
+	}
+	if len(m.LastExitOwners) > 0 {
+		for iNdEx := len(m.LastExitOwners) - 1; iNdEx >= 0; iNdEx-- {
+			i -= len(m.LastExitOwners[iNdEx])
+			copy(dAtA[i:], m.LastExitOwners[iNdEx])
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.LastExitOwners[iNdEx])))
+			i--
+			dAtA[i] = 0x4a
+		}
 	}
 	if m.LastExitCode != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.LastExitCode))
@@ -4937,9 +4958,14 @@ func (m *Task) SizeVT() (n int) {
 	if m.LastExitCode != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.LastExitCode))
 	}
-	l = len(m.LastExitOwner)
-	if l > 0 {
-		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	if len(m.LastExitOwners) > 0 {
+		for _, s := range m.LastExitOwners {
+			l = len(s)
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
+	}
+	if m.Losses != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Losses))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -8281,7 +8307,7 @@ func (m *Task) UnmarshalVT(dAtA []byte) error {
 			}
 		case 9:
 			if wireType != 2 {
-				return fmt.Errorf("proto: wrong wireType = %d for field LastExitOwner", wireType)
+				return fmt.Errorf("proto: wrong wireType = %d for field LastExitOwners", wireType)
 			}
 			var stringLen uint64
 			for shift := uint(0); ; shift += 7 {
@@ -8309,8 +8335,27 @@ func (m *Task) UnmarshalVT(dAtA []byte) error {
 			if postIndex > l {
 				return io.ErrUnexpectedEOF
 			}
-			m.LastExitOwner = string(dAtA[iNdEx:postIndex])
+			m.LastExitOwners = append(m.LastExitOwners, string(dAtA[iNdEx:postIndex]))
 			iNdEx = postIndex
+		case 10:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Losses", wireType)
+			}
+			m.Losses = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Losses |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

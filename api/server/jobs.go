@@ -243,6 +243,9 @@ func (s *Server) ExplainJob(ctx context.Context, req *connect.Request[musterpb.G
 // maxResults bounds one page of results.
 const maxResults = 1000
 
+// maxScanned bounds the tasks that are looked at for a page, which may be empty.
+const maxScanned = 100_000
+
 // GetResults implements Muster.
 func (s *Server) GetResults(ctx context.Context, req *connect.Request[musterpb.GetResultsRequest]) (*connect.Response[musterpb.GetResultsResponse], error) {
 	if err := s.read(req); err != nil {
@@ -254,7 +257,7 @@ func (s *Server) GetResults(ctx context.Context, req *connect.Request[musterpb.G
 	}
 	out := &musterpb.GetResultsResponse{}
 	for n := req.Msg.AfterTask; n < job.Tasks; n++ {
-		if len(out.Results) == maxResults {
+		if len(out.Results) == maxResults || n-req.Msg.AfterTask == maxScanned {
 			out.NextTask = n
 			break
 		}

@@ -124,7 +124,7 @@ func newWorkerDrain(g *globals) *cobra.Command {
 			return g.print(cmd.OutOrStdout(), map[string]string{"id": views[0].ID, "state": what}, func(w *tabwriter.Writer) { row(w, views[0].ID+" "+what) })
 		},
 	}
-	cmd.Flags().BoolVar(&resume, "resume", false, "give it work again, and forget its recent failures")
+	cmd.Flags().BoolVar(&resume, "resume", false, "give it work again")
 	return cmd
 }
 

@@ -27,7 +27,7 @@ import (
 
 // MaxModuleBytes bounds a module: all of it, and its machine code, is held in
 // memory while it runs.
-const MaxModuleBytes = 256 << 20
+const MaxModuleBytes = 64 << 20
 
 // Options configure a Runtime.
 type Options struct {

@@ -146,9 +146,34 @@ func (plan *planner) candidates(job *musterpb.Job) []candidate {
 				}})
 			}
 		}
+		markAlone(job.Spec, list)
 		plan.byJob[job.Id] = list
 	}
 	return list
+}
+
+// markAlone marks the candidates whose results nobody else here could check: no
+// other owner has a machine of their class. They are taken last, since their
+// results stay provisional until somebody comes.
+func markAlone(spec *musterpb.JobSpec, list []candidate) {
+	if spec.Verify.GetSameOwner() {
+		return
+	}
+	owners := map[string]map[string]bool{}
+	classes := make([]string, len(list))
+	for i, c := range list {
+		devices := suitable(spec.Resources, c.Worker, false)
+		classes[i] = Class(spec, c.Worker.Worker, devices[:min(len(devices), int(spec.Resources.GetGpus()))])
+		if owners[classes[i]] == nil {
+			owners[classes[i]] = map[string]bool{}
+		}
+		owners[classes[i]][c.Owner] = true
+	}
+	for i := range list {
+		if len(owners[classes[i]]) < 2 {
+			list[i].alone = 1
+		}
+	}
 }
 
 // maxCacheable bounds how many inputs of a job decide where it runs.
@@ -302,15 +327,15 @@ func (plan *planner) placeRun(job *musterpb.Job, run *state.WantedRun) (Placemen
 	}
 	var best *Worker
 	var bestTried bool
-	var bestLot uint64
+	var bestLot lot
 	for _, c := range plan.candidates(job) {
 		w := c.Worker
 		if rejectAttempt(plan.in.NowUnixMS, job, run, w) != nil {
 			continue
 		}
-		tried, lot := slices.Contains(run.Tried, w.Owner), checkerLot(seed, run.Check.Id, w.Id)
-		if best == nil || (bestTried && !tried) || (bestTried == tried && lot < bestLot) {
-			best, bestTried, bestLot = w, tried, lot
+		tried, drawn := slices.Contains(run.Tried, w.Owner), checkerLot(seed, run.Check.Id, w)
+		if best == nil || (bestTried && !tried) || (bestTried == tried && drawn.less(bestLot)) {
+			best, bestTried, bestLot = w, tried, drawn
 		}
 	}
 	if best == nil {
@@ -324,10 +349,22 @@ func (plan *planner) placeRun(job *musterpb.Job, run *state.WantedRun) (Placemen
 	return p, true
 }
 
-func checkerLot(seed []byte, check, worker string) uint64 {
-	mac := hmac.New(sha256.New, seed)
-	mac.Write([]byte("muster checker v1\n" + check + "\n" + worker))
-	return binary.BigEndian.Uint64(mac.Sum(nil))
+// lot is a worker's number in the lottery for a check. Owners are drawn first,
+// and a worker of that owner next: machines are cheap to register, and would
+// otherwise be as many tickets.
+type lot struct{ owner, worker uint64 }
+
+func (l lot) less(o lot) bool {
+	return cmp.Or(cmp.Compare(l.owner, o.owner), cmp.Compare(l.worker, o.worker)) < 0
+}
+
+func checkerLot(seed []byte, check string, w *Worker) lot {
+	draw := func(what, name string) uint64 {
+		mac := hmac.New(sha256.New, seed)
+		mac.Write([]byte("muster checker v1\n" + check + "\n" + what + "\n" + name))
+		return binary.BigEndian.Uint64(mac.Sum(nil))
+	}
+	return lot{draw("owner", w.Owner), draw("worker", w.Id)}
 }
 
 // take books a worker that was not rejected.
@@ -382,6 +419,7 @@ func pickDevices(spec *musterpb.JobSpec, w *Worker, class string, free bool) []*
 
 // score orders workers for a task; smaller is better, field by field.
 type score struct {
+	alone   int   // nobody else could check the result
 	avoided int   // the owner failed this task before
 	unsure  int64 // how unreliable, in steps of 10%
 	price   int64
@@ -392,6 +430,8 @@ type score struct {
 
 func (s *score) better(o *score) bool {
 	switch {
+	case s.alone != o.alone:
+		return s.alone < o.alone
 	case s.avoided != o.avoided:
 		return s.avoided < o.avoided
 	case s.unsure != o.unsure:

@@ -291,7 +291,7 @@ func TestPlan(t *testing.T) {
 		},
 		"two runs go to two owners": {
 			[]*Worker{worker("b", gpu(0, 24*gb, "Ada"), gpu(1, 24*gb, "Ada")), worker("c", gpu(0, 24*gb, "Ada"))},
-			[]state.Work{{Job: oneGPU("j1"), Checks: []state.WantedRun{wanted("chk", "Ada/570", 3, a)}}}, "chk→c(gpu-0) chk→b(gpu-0)",
+			[]state.Work{{Job: oneGPU("j1"), Checks: []state.WantedRun{wanted("chk", "Ada/570", 3, a)}}}, "chk→b(gpu-0) chk→c(gpu-0)",
 		},
 		"the same class, on a worker that has others too": {
 			[]*Worker{worker("b", gpu(0, 12*gb, "Ampere"), gpu(1, 24*gb, "Ada")), worker("c", gpu(0, 24*gb, "Ampere"))},
@@ -304,7 +304,7 @@ func TestPlan(t *testing.T) {
 		"owners who tried a check come last": {
 			[]*Worker{worker("b", gpu(0, 24*gb, "Ada")), worker("c", gpu(0, 24*gb, "Ada")), worker("d", gpu(0, 24*gb, "Ada"))},
 			[]state.Work{{Job: oneGPU("j1"), Checks: []state.WantedRun{with2(wanted("chk", "Ada/570", 3, a), "owner of b", "owner of d")}}},
-			"chk→c(gpu-0) chk→d(gpu-0) chk→b(gpu-0)",
+			"chk→c(gpu-0) chk→b(gpu-0) chk→d(gpu-0)",
 		},
 		"nothing that nobody pays": {
 			[]*Worker{worker("b", gpu(0, 24*gb, "Ada"))},

@@ -89,6 +89,9 @@ func (r *rounds) submit(i int) {
 		image = &musterpb.Image{Kind: musterpb.ImageKind_IMAGE_KIND_WASM, Digest: digest, Name: "app.wasm", SizeBytes: 1}
 	}
 	gpus := rapid.IntRange(0, 2).Draw(t, "GPUs")
+	if image.Kind == musterpb.ImageKind_IMAGE_KIND_WASM {
+		gpus = 0
+	}
 	r.must(&musterpb.Command{Body: &musterpb.Command_SubmitJob{SubmitJob: &musterpb.SubmitJob{
 		Job: fmt.Sprintf("j%d", i), Account: "acme", PermutationKey: make([]byte, 16), Spec: &musterpb.JobSpec{
 			Name: "job", Image: image, Items: &musterpb.Items{Count: uint64(rapid.IntRange(1, 6).Draw(t, "items"))}, Chunk: 1,

@@ -76,6 +76,7 @@ type Replica struct {
 	closing   sync.Once
 	closeErr  error // set under closing
 	wg        sync.WaitGroup
+	clock     clock
 	ready     atomic.Uint64 // the term that this node leads, having applied all that came before; 0 is none
 }
 
@@ -229,7 +230,7 @@ func (r *Replica) group() {
 
 // gather takes what else is waiting, as far as it fits into one entry.
 func (r *Replica) gather(first *proposal) ([]*proposal, *musterpb.Entry) {
-	now := time.Now().UnixMilli()
+	now := r.clock.now()
 	entry, batch, size := &musterpb.Entry{}, []*proposal(nil), 0
 	for p := first; ; {
 		p.cmd.TimeUnixMs = now
@@ -305,6 +306,7 @@ func (r *Replica) Run(ctx context.Context, lead func(context.Context)) error {
 			if !ok {
 				continue
 			}
+			r.clock.set(r.state.Now())
 			r.ready.Store(term)
 			stop = start(ctx, lead)
 		}
@@ -397,6 +399,10 @@ func (r *Replica) verify() {
 		}
 	}
 }
+
+// Now is the cluster's time in milliseconds since 1970, as commands proposed
+// here are stamped. It means something on the leader only.
+func (r *Replica) Now() int64 { return r.clock.now() }
 
 // Leading reports whether this node leads and is ready to.
 func (r *Replica) Leading() bool { return r.ready.Load() != 0 }

@@ -188,6 +188,10 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 	fresh := s.attempts[a.Id].CloneVT()
 	fresh.State, fresh.CommittedUnixMs, fresh.Commit, fresh.LogDigest = musterpb.AttemptState_ATTEMPT_STATE_COMMITTED, s.now, c.Commit, c.Commit.LogDigest
 	fresh.Reason = ""
+	// Waiting for the scheduler to examine a result is not the customer's to pay.
+	if c.ReceivedUnixMs > 0 {
+		fresh.CommittedUnixMs = min(s.now, max(c.ReceivedUnixMs, fresh.PlacedUnixMs))
+	}
 	if fresh.StartedUnixMs == 0 {
 		fresh.StartedUnixMs = fresh.PlacedUnixMs
 	}
@@ -290,15 +294,46 @@ func (s *State) failedWork(a *musterpb.Attempt, c *musterpb.EndAttempt) {
 	switch c.Blame {
 	case musterpb.Blame_BLAME_JOB:
 		task.Failures++
-		sameElsewhere = task.LastExitOwner != "" && task.LastExitOwner != a.Owner && task.LastExitCode == c.ExitCode
-		task.LastExitCode, task.LastExitOwner = c.ExitCode, a.Owner
+		sameElsewhere = sameExit(task, a.Owner, c.ExitCode) >= sameExits(job)
 	case musterpb.Blame_BLAME_WORKER:
 		task.Failures++
+	default:
+		// What kills workers, or their connections, is in the end the task's own fault.
+		if task.Losses++; task.Losses%lossesPerFailure == 0 {
+			task.Failures++
+		}
 	}
 	s.requeue(task)
 	if reason := s.outOfRetries(task, sameElsewhere, c.Reason); reason != "" {
 		s.endJob(copyJob(s.jobs[a.Job]), musterpb.JobState_JOB_STATE_FAILED, reason)
 	}
+}
+
+// lossesPerFailure is how many attempts of a task may end without blame before
+// that counts as a failure of it.
+const lossesPerFailure = 3
+
+// sameExit notes an owner's report that the program failed, and counts the
+// owners who reported that exit code one after the other.
+func sameExit(task *musterpb.Task, owner string, code int32) int {
+	if task.LastExitCode != code {
+		task.LastExitOwners = nil
+	}
+	task.LastExitCode = code
+	if !slices.Contains(task.LastExitOwners, owner) {
+		task.LastExitOwners = append(task.LastExitOwners, owner)
+	}
+	return len(task.LastExitOwners)
+}
+
+// sameExits is how many owners must report the same failure before the job is
+// at fault: two, or three for a job that has shown that it can succeed. Owners
+// are believed here, and two of them could conspire.
+func sameExits(job *musterpb.Job) int {
+	if job.TasksVerified > 0 {
+		return 3
+	}
+	return 2
 }
 
 // outOfRetries says why a task's failures end its job, or nothing.
@@ -315,7 +350,7 @@ func (s *State) outOfRetries(task *musterpb.Task, sameElsewhere bool, last strin
 // hold reserves the most that an attempt can cost.
 func (s *State) hold(a *musterpb.Attempt, payer string) error {
 	id, err := s.ledger.Hold(ledger.Entry{
-		TimeUnixMS: s.now, Debit: payer, Credit: ledger.Of(a.Owner), Amount: api.MicroUSD(a.HoldMicroUsd), Ref: a.Id, Memo: "attempt of " + a.Job,
+		TimeUnixMS: s.now, Debit: payer, Credit: ledger.Of(a.Owner), Amount: api.MicroUSD(a.HoldMicroUsd), Ref: a.Id, Memo: "attempt",
 	})
 	if err != nil {
 		return err

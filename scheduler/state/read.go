@@ -21,6 +21,13 @@ func (s *State) Changed() <-chan struct{} {
 	return s.changed
 }
 
+// Now is the time of the newest command, in milliseconds since 1970.
+func (s *State) Now() int64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.now
+}
+
 // Cluster is the ID of the cluster; empty before its first command.
 func (s *State) Cluster() string {
 	s.mu.RLock()
@@ -372,6 +379,13 @@ func (s *State) LedgerSum() api.MicroUSD {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.ledger.Sum()
+}
+
+// HoldOpen reports whether a hold has been neither posted nor voided.
+func (s *State) HoldOpen(transfer uint64) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.ledger.Open(transfer)
 }
 
 // Transfers lists transfers after an ID, of one account's own ledger account

@@ -3,6 +3,7 @@ package state
 import (
 	"crypto/ed25519"
 	"crypto/sha256"
+	"slices"
 	"strings"
 
 	"github.com/musternet/muster/api"
@@ -112,6 +113,11 @@ func (s *State) registerTip(c *musterpb.RegisterTip) (string, error) {
 	return "", nil
 }
 
+// cpuLevels are the levels of the x86-64 psABI; empty is another architecture's
+// baseline. A worker may not make up a class of its own, where nobody could
+// check it.
+var cpuLevels = []string{"", "x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4"}
+
 func (s *State) registerWorker(c *musterpb.RegisterWorker) (string, error) {
 	w := c.Worker
 	if len(w.GetPublicKey()) != ed25519.PublicKeySize || string(api.WorkerIDOf(w.PublicKey)) != w.Id {
@@ -125,6 +131,9 @@ func (s *State) registerWorker(c *musterpb.RegisterWorker) (string, error) {
 	}
 	if err := checkCapacity(w); err != nil {
 		return "", err
+	}
+	if level := w.Capacity.GetCpuLevel(); !slices.Contains(cpuLevels, level) {
+		return "", api.Errorf(api.Invalid, "worker %s has CPU level %.20q: want one of %q", w.Id, level, cpuLevels)
 	}
 	fresh := &musterpb.Worker{JoinedUnixMs: s.now}
 	if old := s.workers[w.Id]; old != nil {
@@ -174,9 +183,6 @@ func (s *State) drainWorker(c *musterpb.DrainWorker) (string, error) {
 	}
 	fresh := old.CloneVT()
 	fresh.Draining = c.Draining
-	if !c.Draining {
-		fresh.BackoffUntilUnixMs, fresh.FailuresInARow = 0, 0
-	}
 	s.workers[c.Worker] = fresh
 	return c.Worker, nil
 }

@@ -30,8 +30,10 @@ type Worker struct {
 	Network    bool
 	Runtime    string // "auto", "docker", "wasm"
 	OCIRuntime string // of the Docker engine, such as "runsc"
-	Cheat      []string
-	Detector   gpu.Detector
+	// DockerNetwork is the engine's network for jobs that may use one.
+	DockerNetwork string
+	Cheat         []string
+	Detector      gpu.Detector
 	// What jobs may use; 0 is what the machine has.
 	MilliCPUs, MemoryBytes, DiskBytes int64
 	CacheBytes                        int64
@@ -79,7 +81,7 @@ func (c Worker) Run(ctx context.Context) error {
 func (c Worker) runtimes(ctx context.Context) (map[string]container.Runtime, error) {
 	out := map[string]container.Runtime{}
 	if c.Runtime == "auto" || c.Runtime == "docker" || c.Runtime == "" {
-		options := docker.Options{Owner: ownerLabel(c.Dir), OCIRuntime: c.OCIRuntime}
+		options := docker.Options{Owner: ownerLabel(c.Dir), OCIRuntime: c.OCIRuntime, Network: c.DockerNetwork}
 		engine, err := docker.Probe(ctx, options)
 		switch {
 		case err == nil:
