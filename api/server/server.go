@@ -5,9 +5,11 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -175,6 +177,14 @@ func (s *Server) forwarded(next http.Handler) http.Handler {
 		case address == "" || r.Header.Get(headerForwarded) != "":
 			writeError(w, r, api.Errorf(api.Unavailable, "the schedulers are electing a leader; try again in a second"))
 		default:
+			// The whole request is read first. Where the leader answers before it has
+			// read all of it, net/http's HTTP/2 may never end the answer (Go 1.26).
+			body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxRequestBytes))
+			if err != nil {
+				writeError(w, r, api.Errorf(api.TooLarge, "reading the request: %w; at most %d bytes are taken", err, MaxRequestBytes))
+				return
+			}
+			r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 			target, err := url.Parse(client.BaseURL(address))
 			if err != nil {
 				writeError(w, r, api.Errorf(api.Internal, "leader %s has the address %q: %w", leader, address, err))
