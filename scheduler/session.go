@@ -56,6 +56,17 @@ func (s *session) send(m *musterpb.SchedulerMessage) {
 	}
 }
 
+// closed reports whether close was called. Its goroutines may take a while to
+// notice, where the stream does not take what is being sent.
+func (s *session) closed() bool {
+	select {
+	case <-s.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // heardWithin reports whether a heartbeat came within d. A session that is
 // silent gets no new work, though its stream may look sound.
 func (s *session) heardWithin(d time.Duration) bool {
@@ -253,7 +264,15 @@ func (l *leader) handOut(sess *session, running []string) {
 func (l *leader) session(worker string) *session {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.sessions[worker]
+	return l.open(worker)
+}
+
+// open is session for callers that hold mu.
+func (l *leader) open(worker string) *session {
+	if s := l.sessions[worker]; s != nil && !s.closed() {
+		return s
+	}
+	return nil
 }
 
 // mayContinue reports whether a result of the attempt could still count.
@@ -522,7 +541,9 @@ func (s *Scheduler) Connected() map[string]bool {
 	defer l.mu.Unlock()
 	out := map[string]bool{}
 	for id := range l.sessions {
-		out[id] = true
+		if l.open(id) != nil {
+			out[id] = true
+		}
 	}
 	return out
 }
