@@ -182,7 +182,7 @@ func (l *leader) place(ctx context.Context, p place.Placement) bool {
 	}
 	a := l.State.Attempt(id)
 	l.mu.Lock()
-	s, ttl := l.sessions[p.Worker], l.Timing.LeaseTTL
+	s, ttl := l.open(p.Worker), l.Timing.LeaseTTL
 	if s == nil {
 		ttl = l.Timing.ReconnectGrace
 	}
@@ -211,7 +211,7 @@ func (l *leader) workers(live []*musterpb.Attempt) []*place.Worker {
 	byID := map[string]*place.Worker{}
 	list := []*place.Worker{}
 	for _, w := range l.State.Workers() {
-		s := l.sessions[w.Id]
+		s := l.open(w.Id)
 		var cached func(string) bool
 		if s != nil {
 			cached = s.cached

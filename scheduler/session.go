@@ -57,6 +57,17 @@ func (s *session) send(m *musterpb.SchedulerMessage) {
 	}
 }
 
+// closed reports whether close was called. Its goroutines may take a while to
+// notice, where the stream does not take what is being sent.
+func (s *session) closed() bool {
+	select {
+	case <-s.done:
+		return true
+	default:
+		return false
+	}
+}
+
 // heardWithin reports whether a heartbeat came within d. A session that is
 // silent gets no new work, though its stream may look sound.
 func (s *session) heardWithin(d time.Duration) bool {
@@ -78,7 +89,11 @@ func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) erro
 	if err != nil {
 		return err
 	}
-	hello, running, err := l.greet(ctx, stream)
+	in := make(inbox)
+	over := make(chan struct{})
+	defer close(over)
+	go in.fill(stream, over)
+	hello, running, err := l.greet(ctx, stream, in)
 	if err != nil {
 		return err
 	}
@@ -94,29 +109,49 @@ func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) erro
 		return err
 	}
 	defer l.detach(sess)
-	return l.serve(ctx, sess, stream)
+	return l.serve(ctx, sess, stream, in)
+}
+
+// inbox brings a stream's messages to whoever waits for one. Sending is left to
+// the goroutine of Serve: a stream must not be written to once Serve returned.
+type inbox chan received
+
+type received struct {
+	message *musterpb.WorkerMessage
+	err     error // the last one; nothing follows
+}
+
+// fill receives until the stream ends, which returning from Serve makes it do.
+func (in inbox) fill(stream Stream, over <-chan struct{}) {
+	for {
+		m, err := stream.Receive()
+		select {
+		case in <- received{m, err}:
+		case <-over:
+			return
+		}
+		if err != nil {
+			return
+		}
+	}
 }
 
 // greet shakes hands, for as long as that may take.
-func (l *leader) greet(ctx context.Context, stream Stream) (hello *musterpb.WorkerHello, running []string, err error) {
-	done := make(chan struct{})
-	go func() {
-		// Ends with the stream: returning from Serve closes it.
-		defer close(done)
-		hello, running, err = shakeHands(stream)
-	}()
+func (l *leader) greet(ctx context.Context, stream Stream, in inbox) (hello *musterpb.WorkerHello, running []string, err error) {
 	timer := time.NewTimer(l.Timing.Handshake)
 	defer timer.Stop()
-	select {
-	case <-done:
-		return hello, running, err
-	case <-ctx.Done():
-		return nil, nil, ctx.Err()
-	case <-l.ctx.Done():
-		return nil, nil, api.Errorf(api.Unavailable, "this scheduler does not lead the cluster any more")
-	case <-timer.C:
-		return nil, nil, api.Errorf(api.Unavailable, "the worker did not say who it is within %s", l.Timing.Handshake)
-	}
+	return shakeHands(stream, func() (*musterpb.WorkerMessage, error) {
+		select {
+		case r := <-in:
+			return r.message, r.err
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-l.ctx.Done():
+			return nil, api.Errorf(api.Unavailable, "this scheduler does not lead the cluster any more")
+		case <-timer.C:
+			return nil, api.Errorf(api.Unavailable, "the worker did not say who it is within %s", l.Timing.Handshake)
+		}
+	})
 }
 
 // register makes a worker known, or what changed of it.
@@ -133,8 +168,8 @@ func (l *leader) register(ctx context.Context, owner string, hello *musterpb.Wor
 }
 
 // shakeHands proves that the worker holds the key that it shows.
-func shakeHands(stream Stream) (*musterpb.WorkerHello, []string, error) {
-	first, err := stream.Receive()
+func shakeHands(stream Stream, receive func() (*musterpb.WorkerMessage, error)) (*musterpb.WorkerHello, []string, error) {
+	first, err := receive()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -152,7 +187,7 @@ func shakeHands(stream Stream) (*musterpb.WorkerHello, []string, error) {
 	if err := stream.Send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Challenge{Challenge: &musterpb.Challenge{Nonce: nonce}}}); err != nil {
 		return nil, nil, err
 	}
-	second, err := stream.Receive()
+	second, err := receive()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -254,7 +289,15 @@ func (l *leader) handOut(sess *session, running []string) {
 func (l *leader) session(worker string) *session {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.sessions[worker]
+	return l.open(worker)
+}
+
+// open is session for callers that hold mu.
+func (l *leader) open(worker string) *session {
+	if s := l.sessions[worker]; s != nil && !s.closed() {
+		return s
+	}
+	return nil
 }
 
 // mayContinue reports whether a result of the attempt could still count.
@@ -307,24 +350,30 @@ func (l *leader) detach(sess *session) {
 }
 
 // serve moves messages both ways until the first of them fails.
-func (l *leader) serve(ctx context.Context, sess *session, stream Stream) error {
-	received := make(chan error, 1)
-	go func() {
-		// Ends with the stream: returning from Serve closes it.
+func (l *leader) serve(ctx context.Context, sess *session, stream Stream, in inbox) error {
+	ended := make(chan error, 1)
+	var receiver sync.WaitGroup
+	defer receiver.Wait()
+	defer sess.close()
+	receiver.Go(func() { // beside the sender, which a slow worker holds up
 		for {
-			m, err := stream.Receive()
-			if err != nil {
-				received <- err
+			select {
+			case r := <-in:
+				if r.err != nil {
+					ended <- r.err
+					return
+				}
+				l.receive(sess, r.message)
+			case <-sess.done:
 				return
 			}
-			l.receive(sess, m)
 		}
-	}()
+	})
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case err := <-received:
+		case err := <-ended:
 			return err
 		case <-sess.done:
 			return api.Errorf(api.Unavailable, "the session was ended: this scheduler stopped leading, a newer session of the worker began, or it reads too slowly")
@@ -540,7 +589,9 @@ func (s *Scheduler) Connected() map[string]bool {
 	defer l.mu.Unlock()
 	out := map[string]bool{}
 	for id := range l.sessions {
-		out[id] = true
+		if l.open(id) != nil {
+			out[id] = true
+		}
 	}
 	return out
 }

@@ -90,7 +90,7 @@ func (s *Server) Handler() http.Handler {
 	path, muster := musterpbconnect.NewMusterHandler(s, options...)
 	mux.Handle(path, s.forwarded(s.authenticated(muster))) // the leader knows every key
 	path, sessions := musterpbconnect.NewSessionsHandler((*sessionService)(s), options...)
-	mux.Handle(path, s.authenticated(sessions))
+	mux.Handle(path, s.authenticated(writesWithin(sessionWrite, sessions)))
 	path, peers := musterpbconnect.NewPeersHandler((*peerService)(s), options...)
 	mux.Handle(path, s.forwarded(peers))
 	blobs := blob.Handler(s.Blobs, s.mayUseBlobs, MaxBlobBytes)

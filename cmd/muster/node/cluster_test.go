@@ -2,6 +2,8 @@ package node_test
 
 import (
 	"context"
+	"crypto/ed25519"
+	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -16,8 +18,10 @@ import (
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/client"
 	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/api/server"
 	"github.com/musternet/muster/cmd/muster/node"
 	"github.com/musternet/muster/container"
+	"github.com/musternet/muster/scheduler"
 	"github.com/musternet/muster/verify"
 	"github.com/musternet/muster/worker"
 )
@@ -252,5 +256,72 @@ func TestSchedulerRefusals(t *testing.T) {
 		if err := joining.Run(t.Context()); api.KindOf(err) != kind {
 			t.Errorf("joining with key %.12q: %v; want %v", key, err, kind)
 		}
+	}
+}
+
+// A scheduler proposes its own tip and reveals, and nothing else: not another's,
+// not twice, and no other command.
+func TestPeerProposals(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, 2)
+	eventually(t, "a committee of two", func() bool { return strings.Contains(l.status().Randomness, "a committee draws") })
+	leader := l.leader()
+	node := l.nodes[0]
+	if node == leader {
+		node = l.nodes[1]
+	}
+	text, err := os.ReadFile(filepath.Join(node.config.Dir, "node.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	seed, err := hex.DecodeString(strings.TrimSpace(string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := ed25519.NewKeyFromSeed(seed)
+	id, other := string(node.info.ID), string(leader.info.ID)
+	var secret []byte
+	eventually(t, "the chain to be in use", func() bool {
+		secret, err = os.ReadFile(filepath.Join(node.config.Dir, "chain"))
+		return err == nil
+	})
+	inUse := &musterpb.Node{Tip: verify.NewChain(secret).Tip()}
+	tip := func(of string) *musterpb.Command {
+		return &musterpb.Command{Body: &musterpb.Command_RegisterTip{RegisterTip: &musterpb.RegisterTip{Node: of, Tip: make([]byte, 32)}}}
+	}
+	for _, test := range []struct {
+		name    string
+		claims  string
+		command *musterpb.Command
+		key     ed25519.PrivateKey
+		want    string
+	}{
+		{"another's tip", id, tip(other), key, "may propose its own tip and reveals only"},
+		{"under another's name", other, tip(other), key, "is not signed by scheduler " + other},
+		{"by a stranger", "sch-0000000000000000", tip("sch-0000000000000000"), newKey(t), "is not part of this cluster"},
+		{"a deposit", id, &musterpb.Command{Body: &musterpb.Command_Deposit{Deposit: &musterpb.Deposit{Account: "customer", AmountMicroUsd: 1}}}, key, "may propose its own tip and reveals only"},
+		{"nothing", id, nil, key, "may propose its own tip and reveals only"},
+		// Right when the node had no chain yet; by now it is an old one.
+		{"an earlier proposal again", id, tip(id), key, "is not signed by scheduler " + id},
+	} {
+		at := inUse
+		if test.name == "an earlier proposal again" {
+			at = nil
+		}
+		r := &musterpb.ProposeRequest{Node: test.claims, Command: test.command}
+		signed, err := scheduler.ProposalText(r, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Signature = ed25519.Sign(test.key, signed)
+		for _, n := range l.nodes { // a follower passes it on
+			_, err := server.NewPeers(test.key).Propose(t.Context(), n.info.Address, r)
+			if api.KindOf(err) != api.Denied || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("%s: %v", test.name, err)
+			}
+		}
+	}
+	if r := l.status().Randomness; !strings.Contains(r, "a committee draws") {
+		t.Errorf("afterwards: %s", r)
 	}
 }
