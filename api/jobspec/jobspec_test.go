@@ -372,7 +372,17 @@ func TestValidate(t *testing.T) {
 		{func(s *musterpb.JobSpec) { s.Image = nil }, `image: is required`},
 		{func(s *musterpb.JobSpec) { s.Image.Kind = 9 }, `image.kind "9": want a registry, archive or wasm image`},
 		{func(s *musterpb.JobSpec) { s.Image.Ref = "host/blender:4" }, `image.ref "host/blender:4": want a reference pinned to the image's digest, host/name@` + digest},
-		{func(s *musterpb.JobSpec) { s.Image.Kind = musterpb.ImageKind_IMAGE_KIND_WASM },
+		{func(s *musterpb.JobSpec) {
+			*s.Image = musterpb.Image{Kind: musterpb.ImageKind_IMAGE_KIND_WASM, Digest: digest, SizeBytes: 1, Name: "app.wasm"}
+			s.Resources = &musterpb.Resources{Gpus: 1, MilliCpus: 1, MemoryBytes: 1 << 30, DiskBytes: 1 << 30}
+			s.Network = true
+		}, `resources.gpus "1": a WebAssembly module has no GPUs; use a container image, or leave this out` + "\n" +
+			`network "yes": a WebAssembly module has no network; use a container image, or leave this out` + "\n" +
+			`resources.cpus "0.001": a WebAssembly module can keep a whole core busy; give it at least 0.1`},
+		{func(s *musterpb.JobSpec) {
+			s.Image.Kind, s.Resources.Gpus, s.Network = musterpb.ImageKind_IMAGE_KIND_WASM, 0, false
+			s.Resources.GpuModels, s.Resources.MinVramBytes, s.Resources.MinComputeCapability = nil, 0, ""
+		},
 			`image.ref "host/blender@` + digest[:67] + `…": an uploaded image has no reference; leave it empty` + "\n" + `image.size_bytes "0": at least 1`},
 		{func(s *musterpb.JobSpec) { s.Inputs[1].Digest = "sha256:AA" }, `inputs "x.jsonl" digest "sha256:AA": want sha256: and 64 lower-case hex digits`},
 		{func(s *musterpb.JobSpec) { s.Inputs[1].SizeBytes = -1 }, `inputs "x.jsonl" size_bytes "-1": at least 0`},

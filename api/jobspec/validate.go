@@ -122,6 +122,10 @@ func check(spec *musterpb.JobSpec, draft bool) []problem {
 	return c.problems
 }
 
+// minWasmMilliCPUs bounds how many modules a worker runs side by side: nothing
+// holds one to less than a core.
+const minWasmMilliCPUs = 100
+
 // wasm refuses what a WebAssembly module can't have.
 func (c *checker) wasm(spec *musterpb.JobSpec) {
 	if spec.Image.GetKind() != musterpb.ImageKind_IMAGE_KIND_WASM {
@@ -129,13 +133,13 @@ func (c *checker) wasm(spec *musterpb.JobSpec) {
 	}
 	r := spec.Resources
 	if r.GetGpus() > 0 {
-		c.failf("resources.gpus", strconv.FormatUint(uint64(r.Gpus), 10), "a WebAssembly module has no GPUs; use a container image, or leave this out")
+		c.failf("resources.gpus", strconv.Quote(strconv.FormatUint(uint64(r.Gpus), 10)), "a WebAssembly module has no GPUs; use a container image, or leave this out")
 	}
 	if spec.Network {
-		c.failf("network", "yes", "a WebAssembly module has no network; use a container image, or leave this out")
+		c.failf("network", `"yes"`, "a WebAssembly module has no network; use a container image, or leave this out")
 	}
-	if cpus := r.GetMilliCpus(); r != nil && cpus < 1000 {
-		c.failf("resources.cpus", strconv.FormatFloat(float64(cpus)/1000, 'f', -1, 64), "a WebAssembly module keeps one core busy; give it at least 1")
+	if cpus := r.GetMilliCpus(); r != nil && cpus < minWasmMilliCPUs {
+		c.failf("resources.cpus", strconv.Quote(strconv.FormatFloat(float64(cpus)/1000, 'f', -1, 64)), "a WebAssembly module can keep a whole core busy; give it at least 0.1")
 	}
 }
 
