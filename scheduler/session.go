@@ -521,7 +521,7 @@ func (l *leader) commit(ctx context.Context, worker string, c *musterpb.Commit, 
 	blame, ours := refusalBlame(err)
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		err = api.Errorf(api.TooLarge, "examining the outputs took longer than %s; let a task produce less (chunk, resources.disk)", examineWithin)
-		blame, ours = musterpb.Blame_BLAME_JOB, false
+		blame, ours = musterpb.Blame_BLAME_NETWORK, false // it may be the store that hangs
 	}
 	if l.ctx.Err() != nil || (ours && api.KindOf(err) == api.Unavailable) {
 		l.Logger.Warn("a result could not be examined; the worker offers it again", "attempt", a.Id, "err", err)

@@ -335,7 +335,7 @@ func TestSlowStore(t *testing.T) {
 			p.offer(commits[a.Attempt])
 		}
 	}
-	for range maxExaminers {
+	for range maxAccountExaminers { // all are of one account
 		<-r.blobs.waits
 	}
 	for _, a := range work[maxExaminers+2:] {
@@ -435,7 +435,7 @@ func TestStopDuringExamination(t *testing.T) {
 		t.Errorf("the session ended with %v", err)
 	}
 	p.served <- nil
-	if s := r.state(a.Attempt); s != musterpb.AttemptState_ATTEMPT_STATE_PLACED {
+	if s := r.state(a.Attempt); s != running {
 		t.Errorf("the attempt is %v: giving an examination up decides nothing", s)
 	}
 	if err := r.sched.Serve(t.Context(), "alice", p); api.KindOf(err) != api.Unavailable {
