@@ -89,6 +89,9 @@ func KindOf(err error) Kind {
 	}
 	var ce *connect.Error
 	if errors.As(err, &ce) {
+		if ce.Code() == connect.CodeInvalidArgument && !connect.IsWireError(ce) {
+			return Unavailable // no answer: an answer that was cut off, as by the server's death
+		}
 		for k, row := range kinds {
 			if row.code == ce.Code() {
 				return Kind(k)
