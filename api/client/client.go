@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	mrand "math/rand/v2"
@@ -14,6 +15,7 @@ import (
 	"net/http"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
@@ -33,7 +35,7 @@ type Config struct {
 	Addresses []string // "host:port" of one scheduler or more
 	Key       string   // API key
 	// Patience is how long a call looks for a scheduler that answers. Default
-	// 15 s: longer than an election.
+	// 15 s: longer than an election. Where nobody even listens, a fifth of it.
 	Patience time.Duration
 }
 
@@ -163,9 +165,10 @@ func (f *failover) RoundTrip(req *http.Request) (*http.Response, error) {
 			return nil, api.Errorf(api.TooLarge, "the request has more than %d bytes", maxRequestBytes)
 		}
 	}
-	deadline := time.Now().Add(f.patience)
+	began := time.Now()
 	var failed error
 	for wait := 50 * time.Millisecond; ; wait = min(2*wait, time.Second) {
+		patience := f.patience / 5
 		for range f.addresses {
 			at := f.last.Load()
 			resp, err := f.try(req, f.addresses[int(at)%len(f.addresses)], body)
@@ -177,11 +180,14 @@ func (f *failover) RoundTrip(req *http.Request) (*http.Response, error) {
 				return nil, req.Context().Err()
 			}
 			f.last.CompareAndSwap(at, at+1)
-			if time.Now().After(deadline) {
+			if !errors.Is(err, syscall.ECONNREFUSED) {
+				patience = f.patience
+			}
+			if time.Since(began) > f.patience {
 				break
 			}
 		}
-		if time.Now().Add(wait).After(deadline) {
+		if time.Since(began)+wait > patience {
 			return nil, api.Errorf(api.Unavailable, "no scheduler answers at %s: %w", strings.Join(f.addresses, ", "), failed)
 		}
 		select {

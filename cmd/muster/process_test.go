@@ -43,8 +43,12 @@ func (s suite) Run() int {
 		return 1
 	}
 	defer os.RemoveAll(scratch)
-	defer stopShared()
-	return s.M.Run()
+	code := s.M.Run()
+	if err := stopShared(); err != nil {
+		fmt.Fprintln(os.Stderr, "FAIL: the scripts' network:", err)
+		code = 1
+	}
+	return code
 }
 
 // patience bounds every wait. It is long: the tests may share two cores with
@@ -158,6 +162,14 @@ func (p *process) text() string {
 	return p.log.String()
 }
 
+// broken is an error where the process had a defect that it may have survived.
+func (p *process) broken() error {
+	if text := p.text(); strings.Contains(text, "DATA RACE") || strings.Contains(text, "panic") {
+		return fmt.Errorf("muster %s is broken:\n%s", p.cmd.Args[1], text)
+	}
+	return nil
+}
+
 // interrupt is Ctrl-C; it wants a clean end with exit code 0.
 func (p *process) interrupt() error {
 	if err := p.cmd.Process.Signal(os.Interrupt); err != nil && !errors.Is(err, os.ErrProcessDone) {
@@ -210,12 +222,11 @@ var shared = sync.OnceValues(func() (*process, error) {
 
 var sharedProcess *process
 
-func stopShared() {
-	if sharedProcess != nil {
-		if err := sharedProcess.interrupt(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-		}
+func stopShared() error {
+	if sharedProcess == nil {
+		return nil
 	}
+	return errors.Join(sharedProcess.interrupt(), sharedProcess.broken())
 }
 
 // skipDocker set to 1 skips what needs a container engine.

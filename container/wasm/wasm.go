@@ -159,9 +159,15 @@ type program struct {
 	compiled wazero.CompiledModule
 }
 
+// openCache guards the version that wazero finds out and keeps, without a lock,
+// when a cache is opened first.
+var openCache sync.Mutex
+
 // load compiles binary, or finds its machine code below moduleDir.
 func load(ctx context.Context, moduleDir string, binary []byte) (*program, error) {
+	openCache.Lock()
 	cache, err := wazero.NewCompilationCacheWithDir(codeDir(moduleDir))
+	openCache.Unlock()
 	if err != nil {
 		return nil, err
 	}
