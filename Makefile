@@ -63,13 +63,18 @@ vet: ## go vet, gofmt and staticcheck
 	go vet ./...
 	$(TOOLS) staticcheck ./...
 
+# Long enough for two busy cores; a test that hangs shows its goroutines.
+TIMEOUT := -timeout 8m
+
 unit: build examples ## unit, property, transcript and command-line tests
-	go test ./...
+	go test $(TIMEOUT) ./...
+	@# The engine is no file that the test cache could watch.
+	@if [ "$(MUSTER_SKIP_DOCKER)" != 1 ]; then go test $(TIMEOUT) -count=1 ./container/docker; fi
 
 # The packages that run goroutines of their own, or a real cluster.
 RACE := ./scheduler/... ./api/... ./worker/... ./cmd/... ./container ./container/wasm ./gpu/...
 race: build examples ## integration tests with the race detector
-	go test -race -short $(RACE)
+	go test $(TIMEOUT) -race -short $(RACE)
 
 generate: ## make the generated code anew
 	go run ./proto/generate

@@ -632,7 +632,7 @@ func TestFailures(t *testing.T) {
 		}, blame: musterpb.Blame_BLAME_NETWORK, want: "503"},
 		{name: "upload out of reach", run: func(spec container.Spec) (container.Result, error) {
 			f.set(func() { f.noBlobs = true })
-			return itemsArgument(nil, spec)
+			return itemsArgument(context.Background(), spec)
 		}, blame: musterpb.Blame_BLAME_NETWORK, want: "uploading the outputs"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
