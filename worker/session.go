@@ -121,6 +121,8 @@ func (w *Worker) serve(ctx context.Context, s *stream, welcome *musterpb.Welcome
 				err = errSilent
 			}
 			return api.FromConnect(err)
+		case <-w.restate:
+			return errInventory
 		case m := <-w.outbox:
 			if err := s.Send(m); err != nil {
 				return fmt.Errorf("sending: %w", err)

@@ -44,6 +44,10 @@ type Config struct {
 	// Runtimes by name: "docker", "wasm".
 	Runtimes  map[string]container.Runtime
 	Inventory gpu.Inventory
+	// Detector looks at the GPUs again every GPUInterval, which is a minute where
+	// it is 0. Nil: Inventory stays as it is.
+	Detector    gpu.Detector
+	GPUInterval time.Duration
 	// What jobs may use of this machine.
 	MilliCPUs, MemoryBytes, DiskBytes int64
 	// CacheBytes bounds the cache of images and inputs.
@@ -63,7 +67,10 @@ type Worker struct {
 	cache  *blob.Cache
 	images *images
 
+	restate chan struct{} // capacity 1: the inventory changed
+
 	mu         sync.Mutex
+	found      gpu.Inventory   // guarded by mu; what the detector found last
 	runs       map[string]*run // guarded by mu; by attempt, until the schedulers know how it ended
 	schedulers []string        // guarded by mu; addresses to dial, the best first
 	outbox     chan *musterpb.WorkerMessage
@@ -76,12 +83,15 @@ const maxOutbox = 1024
 
 // New makes a worker.
 func New(cfg Config) *Worker {
+	if cfg.GPUInterval == 0 {
+		cfg.GPUInterval = time.Minute
+	}
 	if cfg.BlobPatience == 0 {
 		cfg.BlobPatience = 10 * time.Minute
 	}
 	w := &Worker{
 		Config: cfg, id: string(api.WorkerIDOf(cfg.Key.Public().(ed25519.PublicKey))), http: &http.Client{Transport: client.NewTransport()},
-		runs: map[string]*run{}, schedulers: slices.Clone(cfg.Schedulers), outbox: make(chan *musterpb.WorkerMessage, maxOutbox),
+		found: cfg.Inventory, restate: make(chan struct{}, 1), runs: map[string]*run{}, schedulers: slices.Clone(cfg.Schedulers), outbox: make(chan *musterpb.WorkerMessage, maxOutbox),
 	}
 	w.blobs = client.Blobs(w.http, cfg.APIKey, w.addresses)
 	return w
@@ -109,6 +119,11 @@ func (w *Worker) Run(ctx context.Context) error {
 	}
 	defer w.http.CloseIdleConnections()
 	defer w.stopAll()
+	watching := sync.WaitGroup{}
+	defer watching.Wait()
+	watchCtx, stopWatching := context.WithCancel(ctx)
+	defer stopWatching()
+	watching.Go(func() { w.watchGPUs(watchCtx) })
 	for wait := time.Duration(0); ; wait = min(2*wait+100*time.Millisecond, maxRedial) {
 		began := time.Now()
 		err := w.connect(ctx)
@@ -122,7 +137,9 @@ func (w *Worker) Run(ctx context.Context) error {
 			wait = 0 // it was a good session; dial again at once
 		}
 		// During an election two schedulers may each name the other.
-		if errors.Is(err, errRedirected) {
+		if errors.Is(err, errInventory) {
+			wait = 0
+		} else if errors.Is(err, errRedirected) {
 			wait = min(wait, maxRedirect)
 			w.Logger.Debug("another scheduler leads", "address", w.addresses()[0])
 		} else {
@@ -242,15 +259,16 @@ func (w *Worker) demote(address string) {
 
 // hello is what the worker says of itself.
 func (w *Worker) hello() *musterpb.WorkerHello {
+	found := w.inventory()
 	c := &musterpb.Capacity{
 		MilliCpus: w.MilliCPUs, MemoryBytes: w.MemoryBytes, DiskBytes: w.DiskBytes,
-		NoGpuReason: w.Inventory.Reason, Platform: "linux/" + runtime.GOARCH, CpuLevel: cpuLevel(),
+		NoGpuReason: found.Reason, Platform: "linux/" + runtime.GOARCH, CpuLevel: cpuLevel(),
 	}
 	for name := range w.Runtimes {
 		c.Runtimes = append(c.Runtimes, name)
 	}
 	slices.Sort(c.Runtimes)
-	for _, d := range w.Inventory.Devices {
+	for _, d := range found.Devices {
 		c.Devices = append(c.Devices, deviceMessage(d))
 	}
 	return &musterpb.WorkerHello{

@@ -66,7 +66,7 @@ func (c Worker) Run(ctx context.Context) error {
 	}
 	w := worker.New(worker.Config{
 		Key: key, Name: c.Name, Dir: c.Dir, Schedulers: c.Join, APIKey: c.Key, PricePerHour: c.Price, AllowNetwork: c.Network,
-		Runtimes: runtimes, Inventory: inventory, MilliCPUs: orElse(c.MilliCPUs, int64(runtime.NumCPU())*1000),
+		Runtimes: runtimes, Inventory: inventory, Detector: c.Detector, MilliCPUs: orElse(c.MilliCPUs, int64(runtime.NumCPU())*1000),
 		MemoryBytes: orElse(c.MemoryBytes, machineMemory()), DiskBytes: orElse(c.DiskBytes, freeDisk(c.Dir)),
 		CacheBytes: orElse(c.CacheBytes, 50<<30), Logger: c.Logger,
 	})
