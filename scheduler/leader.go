@@ -596,7 +596,11 @@ func (s *Scheduler) Explain(id string) (*musterpb.ExplainJobResponse, error) {
 	for _, w := range s.State.Queued(0) {
 		if w.Job.Id == id && len(w.Checks) > 0 {
 			run := w.Checks[0]
-			out.Summary += fmt.Sprintf("; %d checks wait for another owner's worker: %s", len(w.Checks), place.Explain(now, workers, job, &run).Summary)
+			wait := "checks wait"
+			if len(w.Checks) == 1 {
+				wait = "check waits"
+			}
+			out.Summary += fmt.Sprintf("; %d %s for another owner's worker: %s", len(w.Checks), wait, place.Explain(now, workers, job, &run).Summary)
 		}
 	}
 	return out, nil

@@ -19,6 +19,7 @@ import (
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/api/outputs"
 	"github.com/musternet/muster/container/image"
+	"github.com/musternet/muster/scheduler/state"
 )
 
 func newSubmit(g *globals) *cobra.Command {
@@ -91,6 +92,9 @@ func prepare(ctx context.Context, c *client.Client, path, imageFile string, prog
 		}
 	}
 	spec := file.Spec
+	if err := state.CheckBudget(spec); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
 	if file.LinesPath != "" {
 		if spec.Items.Count, err = outputs.CountLines(file.LinesPath); err != nil {
 			return nil, fmt.Errorf("%s: items.lines: %w", path, err)

@@ -143,6 +143,14 @@ func attemptLimit(spec *musterpb.JobSpec) api.MicroUSD {
 // its check.
 func LeastBudget(spec *musterpb.JobSpec) api.MicroUSD { return 2 * attemptLimit(spec) }
 
+// CheckBudget refuses a job that could do nothing with its budget.
+func CheckBudget(spec *musterpb.JobSpec) error {
+	if budget, least := api.MicroUSD(spec.BudgetMicroUsd), LeastBudget(spec); budget < least {
+		return api.Errorf(api.Invalid, "price.budget %s: one attempt and its check may cost %s (timeout × max_per_gpu_hour × GPUs, twice); raise the budget or lower the timeout", budget, least)
+	}
+	return nil
+}
+
 func (s *State) pause(job *musterpb.Job, reason string) {
 	if Ended(job.State) {
 		return

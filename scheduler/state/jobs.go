@@ -28,8 +28,8 @@ func (s *State) submitJob(c *musterpb.SubmitJob) (string, error) {
 		return "", err
 	}
 	budget := api.MicroUSD(c.Spec.BudgetMicroUsd)
-	if least := LeastBudget(c.Spec); budget < least {
-		return "", api.Errorf(api.Invalid, "price.budget %s: one attempt and its check may cost %s (timeout × max_per_gpu_hour × GPUs, twice); raise the budget or lower the timeout", budget, least)
+	if err := CheckBudget(c.Spec); err != nil {
+		return "", err
 	}
 	err = s.ledger.Move(ledger.Entry{
 		TimeUnixMS: s.now, Debit: ledger.Of(c.Account), Credit: ledger.OfJob(c.Job), Amount: budget, Ref: c.Job, Memo: "budget of " + c.Spec.Name,
@@ -90,11 +90,19 @@ func (s *State) endJob(job *musterpb.Job, state musterpb.JobState, reason string
 	s.setJob(job)
 	for _, id := range slices.Clone(s.byJob[job.Id]) {
 		if a := s.attempts[id]; a.Check == "" && running(a.State) {
-			s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "the job was "+StateName(state))
+			s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, ended(state))
 			s.requeue(s.task(a.Job, a.Task))
 		}
 	}
 	s.settleJob(job.Id)
+}
+
+// ended says in words how a job ended.
+func ended(state musterpb.JobState) string {
+	if state == musterpb.JobState_JOB_STATE_FAILED {
+		return "the job failed"
+	}
+	return "the job was " + StateName(state)
 }
 
 // settleJob ends a job whose last attempt and check are over, and returns what
