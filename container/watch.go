@@ -136,30 +136,37 @@ type Quota struct {
 // Watch measures the directories until one is over its quota, their disk is
 // nearly full, or ctx is done. It returns nil when ctx ends it, an error that
 // wraps ErrTooLarge for the first case, and one of kind api.Unavailable for the
-// second. It spends at most about a tenth of one core.
+// second. Walking takes at most about a tenth of one core; the free space of the
+// disk is asked for every time, however long a walk takes.
 func Watch(ctx context.Context, quotas ...Quota) error {
-	timer := time.NewTimer(watchInterval)
-	defer timer.Stop()
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	var nextWalk time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-timer.C:
+		case <-ticker.C:
 		}
 		begun := time.Now()
+		walk := !begun.Before(nextWalk)
 		for _, q := range quotas {
-			if err := q.check(); err != nil {
+			if walk {
+				if _, err := Measure(q.Dir, q.LimitBytes); err != nil {
+					return err
+				}
+			}
+			if err := q.checkDisk(); err != nil {
 				return err
 			}
 		}
-		timer.Reset(max(watchInterval, 10*time.Since(begun)))
+		if walk {
+			nextWalk = time.Now().Add(10 * time.Since(begun))
+		}
 	}
 }
 
-func (q Quota) check() error {
-	if _, err := Measure(q.Dir, q.LimitBytes); err != nil {
-		return err
-	}
+func (q Quota) checkDisk() error {
 	if free, known := diskFree(q.Dir); known && free < MinDiskFreeBytes {
 		return api.Errorf(api.Unavailable, "the disk of %s has %d bytes left; %d are kept free, so the run was stopped",
 			q.Dir, free, int64(MinDiskFreeBytes))
