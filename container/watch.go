@@ -121,10 +121,18 @@ func openDir(root *os.Root, name string) (*os.Root, error) {
 // vanished forgives what a program does to its own tree while it is walked:
 // removing entries, or putting something else in their place.
 func vanished(err error) error {
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || isNotDir(err) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || isNotDir(err) || escapes(err) {
 		return nil
 	}
 	return err
+}
+
+// escapes reports whether a directory became a link that leads out, between the
+// time when it was listed and the time when it was opened. os.Root refuses that
+// with an error that has no name to compare with.
+func escapes(err error) bool {
+	var path *fs.PathError
+	return errors.As(err, &path) && path.Err.Error() == "path escapes from parent"
 }
 
 // Quota is a directory and what it may hold.
@@ -137,7 +145,7 @@ type Quota struct {
 // nearly full, or ctx is done. It returns nil when ctx ends it, an error that
 // wraps ErrTooLarge for the first case, and one of kind api.Unavailable for the
 // second. Walking takes at most about a tenth of one core; the free space of the
-// disk is asked for every time, however long a walk takes.
+// disk is asked for between walks, too.
 func Watch(ctx context.Context, quotas ...Quota) error {
 	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()

@@ -2,6 +2,7 @@ package scheduler
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -22,7 +23,7 @@ const (
 	maxPlacements  = 512 // of one round
 	maxTasksPerJob = 512 // looked at in one round
 	maxExaminers   = 4   // results examined or compared at once
-	maxCompares    = 256 // comparisons under way or waiting for an examiner
+	maxCompares    = 64  // examinations of one account's results, under way or waiting
 	// maxAccountExaminers bounds how many of them work for one account's jobs, so
 	// that nobody's large results keep those of everybody else waiting.
 	maxAccountExaminers = 2
@@ -48,6 +49,8 @@ type leader struct {
 	mu        sync.Mutex
 	sessions  map[string]*session            // guarded by mu; by worker
 	leases    map[string]*lease              // guarded by mu; by attempt
+	began     int64                          // in the cluster's time
+	waiting   map[string]int                 // guarded by mu; by account, see examining
 	unread    map[string]time.Time           // guarded by mu; checks whose results can't be read, since when
 	byAccount map[string]*semaphore.Weighted // guarded by mu; examiners of one account's jobs
 	busy      map[string]bool                // guarded by mu; checks and attempts being examined
@@ -67,7 +70,7 @@ const maxLogTail = 64 << 10
 func newLeader(ctx context.Context, s *Scheduler) *leader {
 	return &leader{
 		Scheduler: s, ctx: ctx, examiners: semaphore.NewWeighted(maxExaminers), wake: make(chan struct{}, 1),
-		sessions: map[string]*session{}, leases: map[string]*lease{}, byAccount: map[string]*semaphore.Weighted{}, unread: map[string]time.Time{}, busy: map[string]bool{},
+		sessions: map[string]*session{}, leases: map[string]*lease{}, byAccount: map[string]*semaphore.Weighted{}, waiting: map[string]int{}, unread: map[string]time.Time{}, began: s.Replica.Now(), busy: map[string]bool{},
 	}
 }
 
@@ -304,12 +307,13 @@ func (l *leader) expireLeases(ctx context.Context) {
 
 // overdue reports whether an attempt lasts longer than its job allows, whatever
 // its worker says: a lease that is renewed for ever would hold money for ever.
+// Time in which nobody led, or another clock did, does not count.
 func (l *leader) overdue(a *musterpb.Attempt) bool {
 	since, limit := a.PlacedUnixMs, l.Timing.TransferLimit
 	if a.StartedUnixMs > 0 {
 		since, limit = a.StartedUnixMs, limit+time.Duration(l.State.Job(a.Job).Spec.TimeoutMs)*time.Millisecond
 	}
-	return l.Replica.Now()-since > limit.Milliseconds()
+	return l.Replica.Now()-max(since, l.began) > limit.Milliseconds()
 }
 
 // end ends an attempt without a result. An error of kind api.Unavailable means
@@ -411,10 +415,11 @@ func (l *leader) compareLoop(ctx context.Context) {
 	for ctx.Err() == nil {
 		changed := l.State.Changed()
 		for _, c := range l.State.ToCompare() {
-			if l.busyWith() > maxCompares {
-				break // the first of them to end changes the state
+			account := l.State.Job(c.Check.Job).Account
+			if l.examining(account, 0) >= maxCompares {
+				continue // the first of them to end changes the state
 			}
-			l.examine(l.State.Job(c.Check.Job).Account, c.Check.Id, func(ctx context.Context) error { return l.compare(ctx, c) })
+			l.examine(account, c.Check.Id, func(ctx context.Context) error { return l.compare(ctx, c) })
 		}
 		select {
 		case <-ctx.Done():
@@ -428,6 +433,8 @@ func (l *leader) compareLoop(ctx context.Context) {
 // with that key is under way. After an error the key stays taken for a while.
 func (l *leader) examine(account, key string, f func(context.Context) error) {
 	l.beside(key, func() {
+		l.examining(account, 1)
+		defer l.examining(account, -1)
 		if l.examineNow(account, f) == nil {
 			return
 		}
@@ -486,6 +493,11 @@ func (l *leader) beside(key string, f func()) {
 // check up when that lasts: a blob that is lost for good may not hold a job, and
 // its money, for ever.
 func (l *leader) unreadable(check string, err error) error {
+	if l.ctx.Err() != nil || api.KindOf(err) == api.Unavailable || errors.Is(err, context.DeadlineExceeded) {
+		// The store can't be reached: work pauses, and goes on when it can.
+		l.Logger.Warn("the blob store can't be reached for a comparison", "check", check, "err", err)
+		return err
+	}
 	l.mu.Lock()
 	if l.unread[check].IsZero() {
 		l.unread[check] = time.Now()
@@ -501,11 +513,17 @@ func (l *leader) unreadable(check string, err error) error {
 	return proposed
 }
 
-// busyWith is how much is under way beside the loops.
-func (l *leader) busyWith() int {
+// examining adds to the number of examinations of an account's results that are
+// under way or wait for an examiner, and returns it.
+func (l *leader) examining(account string, change int) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.busy)
+	l.waiting[account] += change
+	n := l.waiting[account]
+	if n == 0 {
+		delete(l.waiting, account)
+	}
+	return n
 }
 
 // compare compares what a check has results of; an error means that they could

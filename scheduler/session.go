@@ -394,7 +394,8 @@ func (l *leader) receive(sess *session, m *musterpb.WorkerMessage) {
 		l.heartbeat(sess, m.Heartbeat)
 	case *musterpb.WorkerMessage_Started:
 		if a := l.own(sess.worker, m.Started.Attempt); a != nil && a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
-			l.beside("start "+a.Id, func() { l.started(a.Id) })
+			received := l.Replica.Now()
+			l.beside("start "+a.Id, func() { l.started(a.Id, received) })
 		}
 	case *musterpb.WorkerMessage_Commit:
 		if !l.answered(sess.worker, m.Commit) {
@@ -415,8 +416,8 @@ func (l *leader) receive(sess *session, m *musterpb.WorkerMessage) {
 }
 
 // started enters into the log that a worker began; from then on time is billed.
-func (l *leader) started(attempt string) {
-	cmd := &musterpb.StartAttempt{Attempt: attempt}
+func (l *leader) started(attempt string, receivedUnixMS int64) {
+	cmd := &musterpb.StartAttempt{Attempt: attempt, ReceivedUnixMs: receivedUnixMS}
 	if _, err := l.Propose(l.ctx, &musterpb.Command{Body: &musterpb.Command_StartAttempt{StartAttempt: cmd}}); err != nil {
 		l.Logger.Debug("a start was refused", "attempt", attempt, "err", err)
 	}
@@ -508,11 +509,11 @@ func (l *leader) commit(ctx context.Context, worker string, c *musterpb.Commit, 
 	if a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
 		// A worker is paid from its start, and not from its placement: saying
 		// nothing of the start may not be worth the time that it fetched.
-		l.started(a.Id)
+		l.started(a.Id, receivedUnixMS)
 	}
 	err := l.checkResult(ctx, a, c)
 	if err == nil {
-		_, err = l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_CommitResult{CommitResult: &musterpb.CommitResult{Commit: c, ReceivedUnixMs: receivedUnixMS}}})
+		_, err = l.Propose(l.ctx, &musterpb.Command{Body: &musterpb.Command_CommitResult{CommitResult: &musterpb.CommitResult{Commit: c, ReceivedUnixMs: receivedUnixMS}}})
 		if err == nil || api.KindOf(err) == api.Conflict {
 			l.outcome(worker, c.Attempt, err)
 			return
@@ -550,8 +551,10 @@ func (l *leader) failed(worker string, f *musterpb.AttemptFailed) {
 	}
 	switch {
 	case f.Cancelled:
-		end.State, end.Blame = musterpb.AttemptState_ATTEMPT_STATE_LOST, musterpb.Blame_BLAME_NETWORK
-	case f.Blame != musterpb.Blame_BLAME_JOB && f.Blame != musterpb.Blame_BLAME_NETWORK:
+		end.State, end.Blame, end.Blameless = musterpb.AttemptState_ATTEMPT_STATE_LOST, musterpb.Blame_BLAME_NETWORK, true
+	case f.Blame == musterpb.Blame_BLAME_NETWORK:
+		end.Blameless = true
+	case f.Blame != musterpb.Blame_BLAME_JOB:
 		end.Blame = musterpb.Blame_BLAME_WORKER // whoever fails is to blame, unless it says who else is
 	}
 	if api.KindOf(l.end(l.ctx, end)) != api.Unavailable {

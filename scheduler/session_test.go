@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -510,5 +511,49 @@ func TestClip(t *testing.T) {
 		if got := clip(in, 5); got != want {
 			t.Errorf("clip(%q) = %q; want %q", in, got, want)
 		}
+	}
+}
+
+// A worker that keeps its lease and never delivers loses the attempt all the
+// same, and so does one that says nothing of the start.
+func TestOverdueAttemptsEnd(t *testing.T) {
+	r := newRig(t, Timing{BatchInterval: time.Hour, LeaseTTL: time.Minute, TransferLimit: 300 * time.Millisecond})
+	p := r.connect("alice", newKey(t))
+	r.submit(1)
+	a := p.assigned()
+	r.eventually("the end", func() bool { return r.state(a.Attempt) == musterpb.AttemptState_ATTEMPT_STATE_FAILED })
+	if got := r.st.Attempt(a.Attempt); got.Blame != musterpb.Blame_BLAME_WORKER || !strings.Contains(got.Reason, "neither delivered nor gave up") {
+		t.Errorf("blame %v: %s", got.Blame, got.Reason)
+	}
+}
+
+// What is paid is the time from when the start was heard of to when the result
+// was, however long either waits to be written down.
+func TestBilledTime(t *testing.T) {
+	r := newRig(t, Timing{BatchInterval: time.Hour, LeaseTTL: time.Minute})
+	p := r.connect("alice", newKey(t))
+	r.submit(2)
+	first, second := p.assigned(), p.assigned()
+	p.start(first)
+	r.eventually("the start", func() bool { return r.state(first.Attempt) == running })
+	gate := make(chan struct{})
+	c := p.result(first)
+	r.blobs.set(gate, nil)
+	before := time.Now().UnixMilli()
+	p.offer(c)
+	<-r.blobs.waits
+	received := time.Now().UnixMilli()
+	r.eventually("time to pass", func() bool { return time.Now().UnixMilli() > received+200 })
+	r.blobs.set(nil, nil)
+	close(gate)
+	p.outcome(first.Attempt)
+	if at := r.st.Attempt(first.Attempt).CommittedUnixMs; at < before-1 || at > received+100 {
+		t.Errorf("committed at %d; it was offered between %d and %d", at, before, received)
+	}
+	// Without a start, nobody saw any time pass.
+	p.offer(p.result(second))
+	p.outcome(second.Attempt)
+	if got := r.st.Attempt(second.Attempt); got.State != committed || got.StartedUnixMs == 0 || got.CommittedUnixMs-got.StartedUnixMs > 100 {
+		t.Errorf("%v: started %d, committed %d", got.State, got.StartedUnixMs, got.CommittedUnixMs)
 	}
 }

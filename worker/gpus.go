@@ -21,6 +21,7 @@ func (w *Worker) watchGPUs(ctx context.Context) {
 	}
 	tick := time.NewTicker(w.GPUInterval)
 	defer tick.Stop()
+	missed := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -31,6 +32,11 @@ func (w *Worker) watchGPUs(ctx context.Context) {
 		if ctx.Err() != nil || sameGPUs(w.inventory(), found) {
 			continue
 		}
+		if len(found.Devices) == 0 && !missed {
+			missed = true // a driver that was slow once is no reason to drop everything
+			continue
+		}
+		missed = false
 		w.Logger.Warn("the GPUs changed", "devices", len(found.Devices), "reason", found.Reason)
 		w.mu.Lock()
 		w.found = found

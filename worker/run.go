@@ -216,9 +216,7 @@ func (w *Worker) inputs(ctx context.Context, list []*musterpb.Input, dst string)
 		var done func()
 		if in.Directory {
 			path, done, err = w.cache.Get(ctx, api.Digest(in.Digest), func(tree string) error { return w.fetchTree(ctx, in, tree) })
-			if err = ours(err); api.KindOf(err) == api.TooLarge || api.KindOf(err) == api.Invalid {
-				err = jobFault(exitBadOutputs, "%w", err)
-			}
+			err = ours(err)
 		} else {
 			path, done, err = w.fetch(ctx, in.Digest, in.SizeBytes)
 		}
@@ -256,8 +254,13 @@ func (w *Worker) fetchTree(ctx context.Context, in *musterpb.Input, tree string)
 		return err
 	}
 	err = blob.ExtractDir(f, tree, blob.Limits{Bytes: w.DiskBytes, Files: maxTreeFiles})
-	if kind := api.KindOf(err); err != nil && (kind == api.Invalid || kind == api.TooLarge) {
+	switch {
+	case err == nil:
+		return nil
+	case api.KindOf(err) == api.Invalid:
 		return jobFault(exitBadInputs, "%w", err)
+	case api.KindOf(err) == api.TooLarge: // for this machine; others may have room
+		return &failure{musterpb.Blame_BLAME_WORKER, 0, err}
 	}
 	return err
 }

@@ -1133,10 +1133,11 @@ func (x *PlaceAttempt) GetRelaxed() string {
 }
 
 type StartAttempt struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Attempt       string                 `protobuf:"bytes,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Attempt        string                 `protobuf:"bytes,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	ReceivedUnixMs int64                  `protobuf:"varint,2,opt,name=received_unix_ms,json=receivedUnixMs,proto3" json:"received_unix_ms,omitempty"` // by the leader
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *StartAttempt) Reset() {
@@ -1174,6 +1175,13 @@ func (x *StartAttempt) GetAttempt() string {
 		return x.Attempt
 	}
 	return ""
+}
+
+func (x *StartAttempt) GetReceivedUnixMs() int64 {
+	if x != nil {
+		return x.ReceivedUnixMs
+	}
+	return 0
 }
 
 type CommitResult struct {
@@ -1236,6 +1244,7 @@ type EndAttempt struct {
 	Blame         Blame                  `protobuf:"varint,4,opt,name=blame,proto3,enum=muster.v1.Blame" json:"blame,omitempty"`
 	ExitCode      int32                  `protobuf:"varint,5,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	LogDigest     string                 `protobuf:"bytes,6,opt,name=log_digest,json=logDigest,proto3" json:"log_digest,omitempty"`
+	Blameless     bool                   `protobuf:"varint,7,opt,name=blameless,proto3" json:"blameless,omitempty"` // not even the task's own fault, however often it happens
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1310,6 +1319,13 @@ func (x *EndAttempt) GetLogDigest() string {
 		return x.LogDigest
 	}
 	return ""
+}
+
+func (x *EndAttempt) GetBlameless() bool {
+	if x != nil {
+		return x.Blameless
+	}
+	return false
 }
 
 type CloseBatch struct {
@@ -1653,12 +1669,13 @@ const file_muster_v1_command_proto_rawDesc = "" +
 	"\x06worker\x18\x05 \x01(\tR\x06worker\x12\x14\n" +
 	"\x05class\x18\x06 \x01(\tR\x05class\x12\x18\n" +
 	"\adevices\x18\a \x03(\tR\adevices\x12\x18\n" +
-	"\arelaxed\x18\b \x01(\tR\arelaxed\"(\n" +
+	"\arelaxed\x18\b \x01(\tR\arelaxed\"R\n" +
 	"\fStartAttempt\x12\x18\n" +
-	"\aattempt\x18\x01 \x01(\tR\aattempt\"c\n" +
+	"\aattempt\x18\x01 \x01(\tR\aattempt\x12(\n" +
+	"\x10received_unix_ms\x18\x02 \x01(\x03R\x0ereceivedUnixMs\"c\n" +
 	"\fCommitResult\x12)\n" +
 	"\x06commit\x18\x01 \x01(\v2\x11.muster.v1.CommitR\x06commit\x12(\n" +
-	"\x10received_unix_ms\x18\x02 \x01(\x03R\x0ereceivedUnixMs\"\xd1\x01\n" +
+	"\x10received_unix_ms\x18\x02 \x01(\x03R\x0ereceivedUnixMs\"\xef\x01\n" +
 	"\n" +
 	"EndAttempt\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12-\n" +
@@ -1667,7 +1684,8 @@ const file_muster_v1_command_proto_rawDesc = "" +
 	"\x05blame\x18\x04 \x01(\x0e2\x10.muster.v1.BlameR\x05blame\x12\x1b\n" +
 	"\texit_code\x18\x05 \x01(\x05R\bexitCode\x12\x1d\n" +
 	"\n" +
-	"log_digest\x18\x06 \x01(\tR\tlogDigest\"V\n" +
+	"log_digest\x18\x06 \x01(\tR\tlogDigest\x12\x1c\n" +
+	"\tblameless\x18\a \x01(\bR\tblameless\"V\n" +
 	"\n" +
 	"CloseBatch\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x16\n" +

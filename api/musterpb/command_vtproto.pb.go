@@ -488,6 +488,7 @@ func (m *StartAttempt) CloneVT() *StartAttempt {
 	}
 	r := new(StartAttempt)
 	r.Attempt = m.Attempt
+	r.ReceivedUnixMs = m.ReceivedUnixMs
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -528,6 +529,7 @@ func (m *EndAttempt) CloneVT() *EndAttempt {
 	r.Blame = m.Blame
 	r.ExitCode = m.ExitCode
 	r.LogDigest = m.LogDigest
+	r.Blameless = m.Blameless
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -1504,6 +1506,9 @@ func (this *StartAttempt) EqualVT(that *StartAttempt) bool {
 	if this.Attempt != that.Attempt {
 		return false
 	}
+	if this.ReceivedUnixMs != that.ReceivedUnixMs {
+		return false
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
@@ -1558,6 +1563,9 @@ func (this *EndAttempt) EqualVT(that *EndAttempt) bool {
 		return false
 	}
 	if this.LogDigest != that.LogDigest {
+		return false
+	}
+	if this.Blameless != that.Blameless {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -2961,6 +2969,11 @@ func (m *StartAttempt) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.ReceivedUnixMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ReceivedUnixMs))
+		i--
+		dAtA[i] = 0x10
+	}
 	if len(m.Attempt) > 0 {
 		i -= len(m.Attempt)
 		copy(dAtA[i:], m.Attempt)
@@ -3048,6 +3061,16 @@ func (m *EndAttempt) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.Blameless {
+		i--
+		if m.Blameless {
+			dAtA[i] = 1
+		} else {
+			dAtA[i] = 0
+		}
+		i--
+		dAtA[i] = 0x38
 	}
 	if len(m.LogDigest) > 0 {
 		i -= len(m.LogDigest)
@@ -3891,6 +3914,9 @@ func (m *StartAttempt) SizeVT() (n int) {
 	if l > 0 {
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
+	if m.ReceivedUnixMs != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.ReceivedUnixMs))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -3938,6 +3964,9 @@ func (m *EndAttempt) SizeVT() (n int) {
 	l = len(m.LogDigest)
 	if l > 0 {
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.Blameless {
+		n += 2
 	}
 	n += len(m.unknownFields)
 	return n
@@ -6646,6 +6675,25 @@ func (m *StartAttempt) UnmarshalVT(dAtA []byte) error {
 			}
 			m.Attempt = string(dAtA[iNdEx:postIndex])
 			iNdEx = postIndex
+		case 2:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ReceivedUnixMs", wireType)
+			}
+			m.ReceivedUnixMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ReceivedUnixMs |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -6956,6 +7004,26 @@ func (m *EndAttempt) UnmarshalVT(dAtA []byte) error {
 			}
 			m.LogDigest = string(dAtA[iNdEx:postIndex])
 			iNdEx = postIndex
+		case 7:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Blameless", wireType)
+			}
+			var v int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				v |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			m.Blameless = bool(v != 0)
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/blob"
@@ -75,10 +76,15 @@ type Config struct {
 }
 
 // Server is the API of one scheduler.
-type Server struct{ Config }
+type Server struct {
+	Config
+	forwarding *semaphore.Weighted // bytes of requests that are being read to be passed on
+}
 
 // New makes a server; Serve runs it.
-func New(cfg Config) *Server { return &Server{cfg} }
+func New(cfg Config) *Server {
+	return &Server{Config: cfg, forwarding: semaphore.NewWeighted(maxForwardedBytes)}
+}
 
 // Handler routes every call.
 func (s *Server) Handler() http.Handler {
@@ -179,9 +185,9 @@ func (s *Server) forwarded(next http.Handler) http.Handler {
 		default:
 			// The whole request is read first. Where the leader answers before it has
 			// read all of it, net/http's HTTP/2 may never end the answer (Go 1.26).
-			body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxRequestBytes))
+			body, err := s.readRequest(w, r)
 			if err != nil {
-				writeError(w, r, api.Errorf(api.TooLarge, "reading the request: %w; at most %d bytes are taken", err, MaxRequestBytes))
+				writeError(w, r, err)
 				return
 			}
 			r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
@@ -204,6 +210,38 @@ func (s *Server) forwarded(next http.Handler) http.Handler {
 			proxy.ServeHTTP(w, r)
 		}
 	})
+}
+
+// Bounds of what is read to be passed on: how long a caller may take, and how
+// much memory all of them together.
+const (
+	forwardWithin     = 30 * time.Second
+	maxForwardedBytes = 256 << 20
+)
+
+// readRequest reads a request as a whole.
+func (s *Server) readRequest(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	size := int64(MaxRequestBytes)
+	if r.ContentLength >= 0 && r.ContentLength < size {
+		size = r.ContentLength
+	}
+	if !s.forwarding.TryAcquire(size) {
+		return nil, api.Errorf(api.Unavailable, "this scheduler passes on too many large requests at once; try again, or ask the leader")
+	}
+	defer s.forwarding.Release(size)
+	control := http.NewResponseController(w)
+	// Both fail only where the connection has no deadlines, as in tests.
+	_ = control.SetReadDeadline(time.Now().Add(forwardWithin))
+	defer func() { _ = control.SetReadDeadline(time.Time{}) }()
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxRequestBytes))
+	var tooLarge *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooLarge):
+		return nil, api.Errorf(api.TooLarge, "reading the request: %w; at most %d bytes are taken", err, MaxRequestBytes)
+	case err != nil:
+		return nil, api.Errorf(api.Unavailable, "reading the request: %w", err)
+	}
+	return body, nil
 }
 
 // writeError answers an RPC outside of its handler.

@@ -81,7 +81,7 @@ func viewJob(r *musterpb.GetJobResponse) jobView {
 			av.Kind = "check"
 		}
 		if a.CommittedUnixMs > 0 {
-			av.Milliseconds = a.CommittedUnixMs - a.StartedUnixMs
+			av.Milliseconds = max(a.CommittedUnixMs-a.StartedUnixMs, 0)
 		}
 		v.AttemptList = append(v.AttemptList, av)
 	}

@@ -162,8 +162,7 @@ func markAlone(spec *musterpb.JobSpec, list []candidate) {
 	owners := map[string]map[string]bool{}
 	classes := make([]string, len(list))
 	for i, c := range list {
-		devices := suitable(spec.Resources, c.Worker, false)
-		classes[i] = Class(spec, c.Worker.Worker, devices[:min(len(devices), int(spec.Resources.GetGpus()))])
+		classes[i] = Class(spec, c.Worker.Worker, pickDevices(spec, c.Worker, "", false))
 		if owners[classes[i]] == nil {
 			owners[classes[i]] = map[string]bool{}
 		}
@@ -430,10 +429,10 @@ type score struct {
 
 func (s *score) better(o *score) bool {
 	switch {
-	case s.alone != o.alone:
-		return s.alone < o.alone
 	case s.avoided != o.avoided:
 		return s.avoided < o.avoided
+	case s.alone != o.alone:
+		return s.alone < o.alone
 	case s.unsure != o.unsure:
 		return s.unsure < o.unsure
 	case s.price != o.price:

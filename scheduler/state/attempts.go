@@ -170,6 +170,9 @@ func (s *State) startAttempt(c *musterpb.StartAttempt) (string, error) {
 	}
 	fresh := a.CloneVT()
 	fresh.State, fresh.StartedUnixMs = musterpb.AttemptState_ATTEMPT_STATE_RUNNING, s.now
+	if c.ReceivedUnixMs > 0 {
+		fresh.StartedUnixMs = min(s.now, max(c.ReceivedUnixMs, a.PlacedUnixMs))
+	}
 	s.setAttempt(fresh)
 	return a.Id, nil
 }
@@ -198,7 +201,7 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 	fresh.Reason = ""
 	// Waiting for the scheduler to examine a result is not the customer's to pay.
 	if c.ReceivedUnixMs > 0 {
-		fresh.CommittedUnixMs = min(s.now, max(c.ReceivedUnixMs, fresh.PlacedUnixMs))
+		fresh.CommittedUnixMs = min(s.now, max(c.ReceivedUnixMs, fresh.PlacedUnixMs, fresh.StartedUnixMs))
 	}
 	if fresh.StartedUnixMs == 0 {
 		fresh.StartedUnixMs = fresh.PlacedUnixMs
@@ -306,9 +309,13 @@ func (s *State) failedWork(a *musterpb.Attempt, c *musterpb.EndAttempt) {
 	case musterpb.Blame_BLAME_WORKER:
 		task.Failures++
 	default:
-		// What kills workers, or their connections, is in the end the task's own fault.
-		if task.Losses++; task.Losses%lossesPerFailure == 0 {
-			task.Failures++
+		// What kills workers, or their connections, is in the end the task's own
+		// fault; an owner's own end of an attempt, or a store out of reach, is not.
+		if !c.Blameless {
+			task.Losses++
+			if task.Losses%lossesPerFailure == 0 {
+				task.Failures++
+			}
 		}
 	}
 	s.requeue(task)
