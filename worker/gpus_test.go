@@ -24,6 +24,7 @@ func TestGPUsAreWatched(t *testing.T) {
 		t.Fatalf("%d devices at first", n)
 	}
 	a := f.assignment("att-1", "{items}")
+	f.set(func() { f.keep = []string{"att-1"} })
 	s.assign(a)
 	eventually(t, "the run", func() bool { return fake.Live() == 1 })
 
