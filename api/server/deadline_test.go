@@ -13,7 +13,7 @@ import (
 // messages loses nothing.
 func TestWritesWithin(t *testing.T) {
 	t.Parallel()
-	const within = 300 * time.Millisecond
+	const within = time.Second
 	failed := make(chan error, 1)
 	srv := httptest.NewUnstartedServer(writesWithin(within, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/idle" {
