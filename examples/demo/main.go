@@ -51,10 +51,10 @@ const (
 )
 
 // pictures are as large as two cores can trace twice in a minute: WebAssembly
-// takes about four times as long as native code.
+// takes many times as long as native code (container/DESIGN.md says why).
 var pictures = map[string]struct{ width, height, samples int }{
 	"docker": {160, 90, 16},
-	"wasm":   {128, 72, 4},
+	"wasm":   {96, 54, 4},
 }
 
 type demo struct {
