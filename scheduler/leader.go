@@ -192,7 +192,7 @@ func (l *leader) place(ctx context.Context, p place.Placement) bool {
 	l.leases[id] = &lease{worker: p.Worker, deadline: time.Now().Add(ttl)}
 	l.mu.Unlock()
 	if s != nil {
-		s.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Assign{Assign: l.assignment(a)}})
+		s.send(orders(&musterpb.Orders{Assign: []*musterpb.Assignment{l.assignment(a)}}))
 	}
 	return true
 }

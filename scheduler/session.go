@@ -274,7 +274,7 @@ func (l *leader) handOut(sess *session, running []string) {
 		}
 		if a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
 			l.renew(a.Id, sess.worker)
-			sess.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Assign{Assign: l.assignment(a)}})
+			sess.send(orders(&musterpb.Orders{Assign: []*musterpb.Assignment{l.assignment(a)}}))
 			continue
 		}
 		// An error means that it is over already, or that the leadership is.
@@ -392,27 +392,39 @@ func (l *leader) receive(sess *session, m *musterpb.WorkerMessage) {
 	switch m := m.Message.(type) {
 	case *musterpb.WorkerMessage_Heartbeat:
 		l.heartbeat(sess, m.Heartbeat)
-	case *musterpb.WorkerMessage_Started:
-		if a := l.own(sess.worker, m.Started.Attempt); a != nil && a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
-			received := l.Replica.Now()
+	case *musterpb.WorkerMessage_Reports:
+		l.reports(sess, m.Reports)
+	}
+}
+
+func (l *leader) reports(sess *session, r *musterpb.Reports) {
+	received := l.Replica.Now()
+	for _, id := range r.Started {
+		if a := l.own(sess.worker, id); a != nil && a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
 			l.beside("start "+a.Id, func() { l.started(a.Id, received) })
 		}
-	case *musterpb.WorkerMessage_Commit:
-		if !l.answered(sess.worker, m.Commit) {
-			received := l.Replica.Now()
-			account := l.State.Job(l.State.Attempt(m.Commit.Attempt).Job).Account
-			l.examine(account, m.Commit.Attempt, func(ctx context.Context) error {
-				l.commit(ctx, sess.worker, m.Commit, received)
-				return nil
-			})
+	}
+	for _, c := range r.Commits {
+		if l.answered(sess.worker, c) {
+			continue
 		}
-	case *musterpb.WorkerMessage_Failed:
-		if a := l.own(sess.worker, m.Failed.Attempt); a == nil || !live(a) {
-			l.outcome(sess.worker, m.Failed.Attempt, nil)
+		account := l.State.Job(l.State.Attempt(c.Attempt).Job).Account
+		l.examine(account, c.Attempt, func(ctx context.Context) error {
+			l.commit(ctx, sess.worker, c, received)
+			return nil
+		})
+	}
+	for _, f := range r.Failed {
+		if a := l.own(sess.worker, f.Attempt); a == nil || !live(a) {
+			l.outcome(sess.worker, f.Attempt, nil)
 		} else {
-			l.beside(a.Id, func() { l.failed(sess.worker, m.Failed) })
+			l.beside(a.Id, func() { l.failed(sess.worker, f) })
 		}
 	}
+}
+
+func orders(o *musterpb.Orders) *musterpb.SchedulerMessage {
+	return &musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Orders{Orders: o}}
 }
 
 // started enters into the log that a worker began; from then on time is billed.
@@ -444,7 +456,7 @@ func (l *leader) heartbeat(sess *session, h *musterpb.Heartbeat) {
 			if a := l.own(sess.worker, id); a != nil {
 				reason = fmt.Sprintf("it is %s", state.StateName(a.State))
 			}
-			sess.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Stop{Stop: &musterpb.Stop{Attempt: id, Reason: reason}}})
+			sess.send(orders(&musterpb.Orders{Stop: []*musterpb.Stop{{Attempt: id, Reason: reason}}}))
 		}
 	}
 	l.mu.Lock()
@@ -481,7 +493,7 @@ func (l *leader) answered(worker string, c *musterpb.Commit) bool {
 	switch {
 	case a == nil:
 		l.outcome(worker, c.Attempt, api.Errorf(api.Denied, "attempt %.60q is not one of worker %s", c.Attempt, worker))
-	case a.Commit != nil && a.Commit.EqualVT(c):
+	case verify.SameResult(a.Commit, c):
 		l.outcome(worker, c.Attempt, nil)
 	case !l.mayContinue(worker, a.Id):
 		l.outcome(worker, c.Attempt, l.tooLate(a))
@@ -570,7 +582,7 @@ func (l *leader) outcome(worker, attempt string, err error) {
 		o.Reason = clip(err.Error(), maxReason)
 	}
 	if s := l.session(worker); s != nil {
-		s.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Outcome{Outcome: o}})
+		s.send(orders(&musterpb.Orders{Outcomes: []*musterpb.Outcome{o}}))
 	}
 }
 

@@ -166,12 +166,60 @@ type pipe struct {
 var _ Stream = (*pipe)(nil)
 
 func (p *pipe) Send(m *musterpb.SchedulerMessage) error {
-	select {
-	case p.down <- m:
-		return nil
-	case <-p.broken:
-		return io.ErrClosedPipe
+	for _, one := range split(m) {
+		select {
+		case p.down <- one:
+		case <-p.broken:
+			return io.ErrClosedPipe
+		}
 	}
+	return nil
+}
+
+// split makes messages of one order each.
+func split(m *musterpb.SchedulerMessage) []*musterpb.SchedulerMessage {
+	o := m.GetOrders()
+	if o == nil {
+		return []*musterpb.SchedulerMessage{m}
+	}
+	var list []*musterpb.SchedulerMessage
+	one := func(o *musterpb.Orders) {
+		list = append(list, &musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Orders{Orders: o}})
+	}
+	for _, a := range o.Assign {
+		if a.Like > 0 {
+			like := o.Assign[a.Like-1].CloneVT()
+			like.Attempt, like.Indexes, like.Devices, like.PriceMicroUsdPerHour = a.Attempt, a.Indexes, a.Devices, a.PriceMicroUsdPerHour
+			a = like
+		}
+		one(&musterpb.Orders{Assign: []*musterpb.Assignment{a}})
+	}
+	for _, s := range o.Stop {
+		one(&musterpb.Orders{Stop: []*musterpb.Stop{s}})
+	}
+	for _, oc := range o.Outcomes {
+		one(&musterpb.Orders{Outcomes: []*musterpb.Outcome{oc}})
+	}
+	return list
+}
+
+// assignmentIn and outcomeIn are what a message of one order holds, or nil.
+func assignmentIn(m *musterpb.SchedulerMessage) *musterpb.Assignment {
+	if list := m.GetOrders().GetAssign(); len(list) > 0 {
+		return list[0]
+	}
+	return nil
+}
+
+func outcomeIn(m *musterpb.SchedulerMessage) *musterpb.Outcome {
+	if list := m.GetOrders().GetOutcomes(); len(list) > 0 {
+		return list[0]
+	}
+	return nil
+}
+
+func reported(r *musterpb.Reports) *musterpb.WorkerMessage {
+	return &musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: r}}
 }
 
 func (p *pipe) Receive() (*musterpb.WorkerMessage, error) {
@@ -236,7 +284,7 @@ func (p *pipe) next(what string) *musterpb.SchedulerMessage {
 func (p *pipe) assigned() *musterpb.Assignment {
 	p.t.Helper()
 	for {
-		if a := p.next("assignment").GetAssign(); a != nil {
+		if a := assignmentIn(p.next("assignment")); a != nil {
 			return a
 		}
 	}
@@ -245,7 +293,7 @@ func (p *pipe) assigned() *musterpb.Assignment {
 func (p *pipe) outcome(attempt string) *musterpb.Outcome {
 	p.t.Helper()
 	for {
-		if o := p.next("outcome").GetOutcome(); o.GetAttempt() == attempt {
+		if o := outcomeIn(p.next("outcome")); o.GetAttempt() == attempt {
 			return o
 		}
 	}
@@ -253,12 +301,12 @@ func (p *pipe) outcome(attempt string) *musterpb.Outcome {
 
 func (p *pipe) start(a *musterpb.Assignment) {
 	p.t.Helper()
-	p.say(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Started{Started: &musterpb.AttemptStarted{Attempt: a.Attempt}}})
+	p.say(reported(&musterpb.Reports{Started: []string{a.Attempt}}))
 }
 
 func (p *pipe) offer(c *musterpb.Commit) {
 	p.t.Helper()
-	p.say(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Commit{Commit: c}})
+	p.say(reported(&musterpb.Reports{Commits: []*musterpb.Commit{c}}))
 }
 
 // result makes, stores and signs an honest result.
@@ -296,7 +344,7 @@ func (p *pipe) result(a *musterpb.Assignment) *musterpb.Commit {
 		Attempt: a.Attempt, Root: verify.Root(m), ManifestDigest: string(api.DigestOf(data)), ArchiveDigest: string(summary.Digest),
 		ArchiveBytes: summary.ArchiveBytes, OutputBytes: summary.OutputBytes,
 	}
-	verify.SignCommit(p.key, c)
+	verify.SignCommits(p.key, c)
 	return c
 }
 
@@ -346,12 +394,12 @@ func TestSlowStore(t *testing.T) {
 		return !slices.ContainsFunc(work, func(a *musterpb.Assignment) bool { return r.state(a.Attempt) != running })
 	})
 	last := work[len(work)-1].Attempt
-	p.say(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Failed{Failed: &musterpb.AttemptFailed{Attempt: last, Reason: "no", Blame: musterpb.Blame_BLAME_WORKER}}})
+	p.say(reported(&musterpb.Reports{Failed: []*musterpb.AttemptFailed{&musterpb.AttemptFailed{Attempt: last, Reason: "no", Blame: musterpb.Blame_BLAME_WORKER}}}))
 	p.outcome(last)
 	r.blobs.set(nil, nil)
 	close(gate)
 	for range len(commits) {
-		o := p.next("outcome").GetOutcome()
+		o := outcomeIn(p.next("outcome"))
 		if !o.GetAccepted() || commits[o.GetAttempt()] == nil {
 			t.Errorf("%v", o)
 		}
@@ -449,7 +497,7 @@ func TestWorkerThatDoesNotRead(t *testing.T) {
 	r := newRig(t, Timing{LeaseTTL: time.Minute})
 	p := r.connect("alice", newKey(t))
 	for range maxOutbox + cap(p.down) + 2 { // an answer each, and nobody reads
-		p.say(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Commit{Commit: &musterpb.Commit{Attempt: "att-none"}}})
+		p.say(reported(&musterpb.Reports{Commits: []*musterpb.Commit{&musterpb.Commit{Attempt: "att-none"}}}))
 	}
 	r.eventually("the session to be given up", func() bool { return len(r.sched.Connected()) == 0 })
 	r.submit(1)

@@ -1,12 +1,15 @@
 package verify
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/binary"
 	"hash"
+	"math/bits"
 
 	"github.com/transparency-dev/merkle/compact"
+	"github.com/transparency-dev/merkle/proof"
 	"github.com/transparency-dev/merkle/rfc6962"
 
 	"github.com/musternet/muster/api"
@@ -77,8 +80,8 @@ func ParametersDigest(image string, command []string, env []*musterpb.EnvVar) []
 	return h.Sum(nil)
 }
 
-// commitMessage is what a worker signs; the first line keeps the signature
-// from meaning anything elsewhere.
+// commitMessage is the leaf of a commit; the first line keeps a signature over
+// it from meaning anything elsewhere.
 func commitMessage(c *musterpb.Commit) []byte {
 	msg := []byte("muster commit v1\n")
 	for _, part := range [][]byte{[]byte(c.Attempt), c.Root, []byte(c.ManifestDigest), []byte(c.ArchiveDigest), []byte(c.LogDigest)} {
@@ -88,13 +91,86 @@ func commitMessage(c *musterpb.Commit) []byte {
 	return binary.BigEndian.AppendUint64(msg, uint64(c.OutputBytes))
 }
 
-// SignCommit signs c with the worker's key.
-func SignCommit(key ed25519.PrivateKey, c *musterpb.Commit) {
-	c.Signature = ed25519.Sign(key, commitMessage(c))
+// MaxSignedTogether bounds how many commits one signature may cover.
+const MaxSignedTogether = 4096
+
+// SignCommits signs commits with the worker's key: one signature over the root
+// of the Merkle tree (RFC 6962) whose leaves they are, and in each the proof that
+// it is in there. A commit can be checked without the others.
+func SignCommits(key ed25519.PrivateKey, commits ...*musterpb.Commit) {
+	if len(commits) == 0 {
+		return
+	}
+	hashes := make([][]byte, len(commits))
+	for i, c := range commits {
+		hashes[i] = rfc6962.DefaultHasher.HashLeaf(commitMessage(c))
+		c.Leaf, c.Leaves, c.Path = uint64(i), uint64(len(commits)), nil
+	}
+	root := provePaths(hashes, commits)
+	signature := ed25519.Sign(key, treeMessage(root, len(commits)))
+	for _, c := range commits {
+		c.Signature = signature
+	}
+}
+
+// provePaths appends to each commit its audit path in the tree of hashes, and
+// returns the root (RFC 6962, 2.1 and 2.1.1).
+func provePaths(hashes [][]byte, commits []*musterpb.Commit) []byte {
+	if len(hashes) == 1 {
+		return hashes[0]
+	}
+	k := 1 << (bits.Len(uint(len(hashes)-1)) - 1) // the largest power of two below
+	left, right := provePaths(hashes[:k], commits[:k]), provePaths(hashes[k:], commits[k:])
+	for i, c := range commits {
+		if i < k {
+			c.Path = append(c.Path, right)
+		} else {
+			c.Path = append(c.Path, left)
+		}
+	}
+	return rfc6962.DefaultHasher.HashChildren(left, right)
+}
+
+// treeMessage is what the key signs for a tree of commits.
+func treeMessage(root []byte, leaves int) []byte {
+	msg := appendBytes([]byte("muster commits v1\n"), root)
+	return binary.BigEndian.AppendUint64(msg, uint64(leaves))
 }
 
 // CheckCommit checks the form of c and its signature by the worker.
 func CheckCommit(key ed25519.PublicKey, c *musterpb.Commit) error {
+	return CheckCommits(key, []*musterpb.Commit{c})[0]
+}
+
+// CheckCommits checks commits one by one, and a signature that several share
+// only once. There is one result for each of them.
+func CheckCommits(key ed25519.PublicKey, commits []*musterpb.Commit) []error {
+	results := make([]error, len(commits))
+	signed := map[string]bool{} // by root, number of leaves and signature
+	for i, c := range commits {
+		if results[i] = checkForm(c); results[i] != nil {
+			continue
+		}
+		root, err := proof.RootFromInclusionProof(rfc6962.DefaultHasher, c.Leaf, c.Leaves, rfc6962.DefaultHasher.HashLeaf(commitMessage(c)), c.Path)
+		if err != nil {
+			results[i] = api.Errorf(api.Denied, "result of %s: the proof that its signature covers it is malformed: %w", c.Attempt, err)
+			continue
+		}
+		message := treeMessage(root, int(c.Leaves))
+		id := string(message) + string(c.Signature)
+		good, seen := signed[id]
+		if !seen {
+			good = len(key) == ed25519.PublicKeySize && ed25519.Verify(key, message, c.Signature)
+			signed[id] = good
+		}
+		if !good {
+			results[i] = api.Errorf(api.Denied, "result of %s: the signature is not by the worker that ran it", c.Attempt)
+		}
+	}
+	return results
+}
+
+func checkForm(c *musterpb.Commit) error {
 	if len(c.Root) != sha256.Size {
 		return api.Errorf(api.Invalid, "result of %s: the root has %d bytes, want %d", c.Attempt, len(c.Root), sha256.Size)
 	}
@@ -112,10 +188,16 @@ func CheckCommit(key ed25519.PublicKey, c *musterpb.Commit) error {
 	if c.ArchiveBytes < 0 || c.OutputBytes < 0 {
 		return api.Errorf(api.Invalid, "result of %s: negative size (archive %d bytes, outputs %d bytes)", c.Attempt, c.ArchiveBytes, c.OutputBytes)
 	}
-	if len(key) != ed25519.PublicKeySize || !ed25519.Verify(key, commitMessage(c), c.Signature) {
-		return api.Errorf(api.Denied, "result of %s: the signature is not by the worker that ran it", c.Attempt)
+	if c.Leaves > MaxSignedTogether {
+		return api.Errorf(api.TooLarge, "result of %s: signed together with %d others, at most %d are allowed", c.Attempt, c.Leaves, MaxSignedTogether)
 	}
 	return nil
+}
+
+// SameResult reports whether two commits bind their worker to the same outputs,
+// with whatever others they were signed.
+func SameResult(a, b *musterpb.Commit) bool {
+	return a != nil && b != nil && bytes.Equal(commitMessage(a), commitMessage(b))
 }
 
 func appendBytes(b, part []byte) []byte {

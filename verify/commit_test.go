@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"encoding/hex"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -123,7 +124,7 @@ func signedCommit(t *testing.T) (ed25519.PublicKey, *musterpb.Commit) {
 		Attempt: "att-1", Root: Root(manifest()), ManifestDigest: string(api.DigestOf([]byte("m"))), ArchiveDigest: string(api.DigestOf([]byte("a"))),
 		LogDigest: string(api.DigestOf([]byte("l"))), ArchiveBytes: 10, OutputBytes: 20,
 	}
-	SignCommit(key, c)
+	SignCommits(key, c)
 	return key.Public().(ed25519.PublicKey), c
 }
 
@@ -145,6 +146,10 @@ func TestCommitSignatureBindsEveryField(t *testing.T) {
 		"sizes swapped": func(c *musterpb.Commit) { c.ArchiveBytes, c.OutputBytes = c.OutputBytes, c.ArchiveBytes },
 		"signature":     func(c *musterpb.Commit) { c.Signature[0] ^= 1 },
 		"no signature":  func(c *musterpb.Commit) { c.Signature = nil },
+		"leaf":          func(c *musterpb.Commit) { c.Leaf++ },
+		"no leaves":     func(c *musterpb.Commit) { c.Leaves = 0 },
+		"more leaves":   func(c *musterpb.Commit) { c.Leaves++ },
+		"path":          func(c *musterpb.Commit) { c.Path = [][]byte{c.Root} },
 	} {
 		_, c := signedCommit(t)
 		f(c)
@@ -152,8 +157,8 @@ func TestCommitSignatureBindsEveryField(t *testing.T) {
 			t.Errorf("changed %s: %v, want a refusal of kind denied", name, err)
 		}
 	}
-	if n := len(mustFields(c)); n != 8 {
-		t.Errorf("musterpb.Commit has %d fields; this test and the signature know 8", n)
+	if n := len(mustFields(c)); n != 11 {
+		t.Errorf("musterpb.Commit has %d fields; this test and the signature know 11", n)
 	}
 	otherKey, _, _ := ed25519.GenerateKey(strings.NewReader(strings.Repeat("x", 64)))
 	_, c = signedCommit(t)
@@ -191,8 +196,47 @@ func TestCheckCommitForm(t *testing.T) {
 	}
 	key, c := signedCommit(t)
 	c.LogDigest = ""
-	SignCommit(ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, ed25519.SeedSize)), c)
+	SignCommits(ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, ed25519.SeedSize)), c)
 	if err := CheckCommit(key, c); err != nil {
 		t.Errorf("a commit without a log: %v", err)
+	}
+}
+
+func TestCommitsSignedTogether(t *testing.T) {
+	key := ed25519.NewKeyFromSeed(bytes.Repeat([]byte{7}, ed25519.SeedSize))
+	public := key.Public().(ed25519.PublicKey)
+	for n := 1; n <= 17; n++ {
+		commits := make([]*musterpb.Commit, n)
+		for i := range commits {
+			_, commits[i] = signedCommit(t)
+			commits[i].Attempt = fmt.Sprintf("att-%d", i)
+		}
+		SignCommits(key, commits...)
+		for i, err := range CheckCommits(public, commits) {
+			if err != nil {
+				t.Errorf("%d of %d: %v", i, n, err)
+			}
+		}
+		for i, c := range commits { // each alone, and none in another's place
+			if err := CheckCommit(public, c); err != nil {
+				t.Errorf("%d of %d alone: %v", i, n, err)
+			}
+			swapped := c.CloneVT()
+			swapped.Attempt = "att-other"
+			if err := CheckCommit(public, swapped); api.KindOf(err) != api.Denied {
+				t.Errorf("%d of %d under another name: %v", i, n, err)
+			}
+		}
+		// One bad apple is refused, and the others are not.
+		commits[n/2].OutputBytes++
+		for i, err := range CheckCommits(public, commits) {
+			if (err != nil) != (i == n/2) {
+				t.Errorf("%d of %d with a changed one: %v", i, n, err)
+			}
+		}
+	}
+	_, c := signedCommit(t)
+	if c.Leaves = MaxSignedTogether + 1; api.KindOf(CheckCommit(public, c)) != api.TooLarge {
+		t.Error("too many commits under one signature were taken")
 	}
 }

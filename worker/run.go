@@ -72,8 +72,8 @@ func (w *Worker) execute(ctx context.Context, r *run) *musterpb.WorkerMessage {
 	logDigest := w.uploadLog(ctx, filepath.Join(dir, "log"))
 	if err == nil {
 		commit.LogDigest = logDigest
-		verify.SignCommit(w.Key, commit)
-		return &musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Commit{Commit: commit}}
+		verify.SignCommits(w.Key, commit)
+		return reports(&musterpb.Reports{Commits: []*musterpb.Commit{commit}})
 	}
 	failed := &musterpb.AttemptFailed{Attempt: a.Attempt, Reason: err.Error(), Blame: musterpb.Blame_BLAME_WORKER, LogDigest: logDigest, Cancelled: ctx.Err() != nil}
 	var f *failure
@@ -81,7 +81,7 @@ func (w *Worker) execute(ctx context.Context, r *run) *musterpb.WorkerMessage {
 		failed.Blame, failed.ExitCode = f.blame, f.code
 	}
 	w.Logger.Info("attempt failed", "attempt", a.Attempt, "err", err)
-	return &musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Failed{Failed: failed}}
+	return reports(&musterpb.Reports{Failed: []*musterpb.AttemptFailed{failed}})
 }
 
 // produce runs the program and uploads what it left.
@@ -319,7 +319,7 @@ func (w *Worker) runAll(ctx context.Context, r *run, rt container.Runtime, image
 	logs := container.NewLog(io.MultiWriter(logFile, r.log), container.MaxLogBytes) // of all runs together
 	w.mu.Lock()
 	r.started = true
-	w.say(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Started{Started: &musterpb.AttemptStarted{Attempt: a.Attempt}}})
+	w.say(reports(&musterpb.Reports{Started: []string{a.Attempt}}))
 	w.mu.Unlock()
 	deadline := time.Now().Add(time.Duration(a.TimeoutMs) * time.Millisecond)
 	left := a.Resources.DiskBytes

@@ -142,17 +142,23 @@ func (w *Worker) serve(ctx context.Context, s *stream, welcome *musterpb.Welcome
 
 // receive handles one message. Nothing here waits.
 func (w *Worker) receive(m *musterpb.SchedulerMessage) {
-	switch m := m.Message.(type) {
-	case *musterpb.SchedulerMessage_Assign:
-		w.start(m.Assign)
-	case *musterpb.SchedulerMessage_Stop:
-		w.forget(m.Stop.Attempt, m.Stop.Reason)
-	case *musterpb.SchedulerMessage_Outcome:
-		if !m.Outcome.Accepted {
-			w.Logger.Warn("a result was refused", "attempt", m.Outcome.Attempt, "reason", m.Outcome.Reason)
-		}
-		w.forget(m.Outcome.Attempt, "")
+	orders := m.GetOrders()
+	for _, a := range orders.GetAssign() {
+		w.start(a)
 	}
+	for _, s := range orders.GetStop() {
+		w.forget(s.Attempt, s.Reason)
+	}
+	for _, o := range orders.GetOutcomes() {
+		if !o.Accepted {
+			w.Logger.Warn("a result was refused", "attempt", o.Attempt, "reason", o.Reason)
+		}
+		w.forget(o.Attempt, "")
+	}
+}
+
+func reports(r *musterpb.Reports) *musterpb.WorkerMessage {
+	return &musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: r}}
 }
 
 // Bounds of a heartbeat: the log output of one attempt and of all together, and
@@ -204,7 +210,7 @@ func (w *Worker) reportAgain() {
 	defer w.mu.Unlock()
 	for _, r := range w.runs {
 		if r.started { // first: time that nobody saw the start of is not paid
-			w.say(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Started{Started: &musterpb.AttemptStarted{Attempt: r.assignment.Attempt}}})
+			w.say(reports(&musterpb.Reports{Started: []string{r.assignment.Attempt}}))
 		}
 		if r.report != nil {
 			w.say(r.report)

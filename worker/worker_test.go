@@ -152,7 +152,9 @@ func (f *fakeScheduler) Session(ctx context.Context, stream *connect.BidiStream[
 			if err != nil {
 				return
 			}
-			s.in <- m
+			for _, one := range split(m) {
+				s.in <- one
+			}
 		}
 	}()
 	f.sessions <- s
@@ -228,31 +230,31 @@ func (s *fakeSession) send(m *musterpb.SchedulerMessage) {
 
 func (s *fakeSession) assign(a *musterpb.Assignment) {
 	s.t.Helper()
-	s.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Assign{Assign: a}})
+	s.send(ordered(&musterpb.Orders{Assign: []*musterpb.Assignment{a}}))
 }
 
 func (s *fakeSession) accept(attempt string) {
 	s.t.Helper()
-	s.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Outcome{Outcome: &musterpb.Outcome{Attempt: attempt, Accepted: true}}})
+	s.send(ordered(&musterpb.Orders{Outcomes: []*musterpb.Outcome{{Attempt: attempt, Accepted: true}}}))
 }
 
 func (s *fakeSession) committed() *musterpb.Commit {
 	s.t.Helper()
 	return awaited(s, "commit", func(m *musterpb.WorkerMessage) *musterpb.Commit {
-		if f := m.GetFailed(); f != nil {
+		if f := failureIn(m); f != nil {
 			s.t.Fatalf("the attempt failed: %v", f)
 		}
-		return m.GetCommit()
+		return commitIn(m)
 	})
 }
 
 func (s *fakeSession) failed() *musterpb.AttemptFailed {
 	s.t.Helper()
 	return awaited(s, "failure", func(m *musterpb.WorkerMessage) *musterpb.AttemptFailed {
-		if c := m.GetCommit(); c != nil {
+		if c := commitIn(m); c != nil {
 			s.t.Fatalf("the attempt was committed: %v", c)
 		}
-		return m.GetFailed()
+		return failureIn(m)
 	})
 }
 
@@ -461,7 +463,7 @@ func TestAttempt(t *testing.T) {
 	}
 	a.Network = true // this owner does not allow it
 	s.assign(a)
-	awaited(s, "start", (*musterpb.WorkerMessage).GetStarted)
+	awaited(s, "start", startIn)
 	c := s.committed()
 	want := map[string]string{"0/out.txt": "item 10", "1/out.txt": "item 11", "2/out.txt": "item 12", "5/out.txt": "item 15"}
 	if files := f.contents(w, a, c); fmt.Sprint(files) != fmt.Sprint(want) {
@@ -704,7 +706,7 @@ func TestStop(t *testing.T) {
 	s.assign(f.assignment("att-1", "program", "{items}"))
 	s.assign(f.assignment("att-1", "program", "{items}")) // twice is once
 	eventually(t, "the run", func() bool { return w.fake.Live() == 1 })
-	s.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Stop{Stop: &musterpb.Stop{Attempt: "att-1", Reason: "cancelled"}}})
+	s.send(ordered(&musterpb.Orders{Stop: []*musterpb.Stop{{Attempt: "att-1", Reason: "cancelled"}}}))
 	s.idle()
 	eventually(t, "the run to end", func() bool { return w.fake.Live() == 0 && len(w.attemptDirs(t)) == 0 })
 	if n := w.fake.Started(); n != 1 {
@@ -790,7 +792,7 @@ func TestRefusedResult(t *testing.T) {
 	s := f.session()
 	s.assign(f.assignment("att-1", "program", "{items}"))
 	s.committed()
-	s.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Outcome{Outcome: &musterpb.Outcome{Attempt: "att-1", Reason: "too late"}}})
+	s.send(ordered(&musterpb.Orders{Outcomes: []*musterpb.Outcome{{Attempt: "att-1", Reason: "too late"}}}))
 	s.idle()
 }
 
@@ -970,4 +972,49 @@ func TestHeartbeatIsBounded(t *testing.T) {
 		}
 	}
 	t.Errorf("%d of 300 logs were ever sent", seen)
+}
+
+func ordered(o *musterpb.Orders) *musterpb.SchedulerMessage {
+	return &musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Orders{Orders: o}}
+}
+
+// split makes messages of one report each.
+func split(m *musterpb.WorkerMessage) []*musterpb.WorkerMessage {
+	r := m.GetReports()
+	if r == nil {
+		return []*musterpb.WorkerMessage{m}
+	}
+	var list []*musterpb.WorkerMessage
+	for _, id := range r.Started {
+		list = append(list, reports(&musterpb.Reports{Started: []string{id}}))
+	}
+	for _, c := range r.Commits {
+		list = append(list, reports(&musterpb.Reports{Commits: []*musterpb.Commit{c}, Blobs: r.Blobs}))
+	}
+	for _, f := range r.Failed {
+		list = append(list, reports(&musterpb.Reports{Failed: []*musterpb.AttemptFailed{f}}))
+	}
+	return list
+}
+
+// startIn, commitIn and failureIn are what a message of one report holds, or nil.
+func startIn(m *musterpb.WorkerMessage) *string {
+	if list := m.GetReports().GetStarted(); len(list) > 0 {
+		return &list[0]
+	}
+	return nil
+}
+
+func commitIn(m *musterpb.WorkerMessage) *musterpb.Commit {
+	if list := m.GetReports().GetCommits(); len(list) > 0 {
+		return list[0]
+	}
+	return nil
+}
+
+func failureIn(m *musterpb.WorkerMessage) *musterpb.AttemptFailed {
+	if list := m.GetReports().GetFailed(); len(list) > 0 {
+		return list[0]
+	}
+	return nil
 }

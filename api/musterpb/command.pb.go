@@ -93,6 +93,9 @@ type Command struct {
 	//	*Command_FailBatchClosed
 	//	*Command_RecordComparisons
 	//	*Command_GiveUpCheck
+	//	*Command_Deposits
+	//	*Command_Seal
+	//	*Command_MergeSegments
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -336,6 +339,33 @@ func (x *Command) GetGiveUpCheck() *GiveUpCheck {
 	return nil
 }
 
+func (x *Command) GetDeposits() *Deposits {
+	if x != nil {
+		if x, ok := x.Body.(*Command_Deposits); ok {
+			return x.Deposits
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetSeal() *Seal {
+	if x != nil {
+		if x, ok := x.Body.(*Command_Seal); ok {
+			return x.Seal
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetMergeSegments() *MergeSegments {
+	if x != nil {
+		if x, ok := x.Body.(*Command_MergeSegments); ok {
+			return x.MergeSegments
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -420,6 +450,18 @@ type Command_GiveUpCheck struct {
 	GiveUpCheck *GiveUpCheck `protobuf:"bytes,29,opt,name=give_up_check,json=giveUpCheck,proto3,oneof"`
 }
 
+type Command_Deposits struct {
+	Deposits *Deposits `protobuf:"bytes,30,opt,name=deposits,proto3,oneof"`
+}
+
+type Command_Seal struct {
+	Seal *Seal `protobuf:"bytes,31,opt,name=seal,proto3,oneof"`
+}
+
+type Command_MergeSegments struct {
+	MergeSegments *MergeSegments `protobuf:"bytes,32,opt,name=merge_segments,json=mergeSegments,proto3,oneof"`
+}
+
 func (*Command_CreateCluster) isCommand_Body() {}
 
 func (*Command_CreateAccount) isCommand_Body() {}
@@ -459,6 +501,12 @@ func (*Command_FailBatchClosed) isCommand_Body() {}
 func (*Command_RecordComparisons) isCommand_Body() {}
 
 func (*Command_GiveUpCheck) isCommand_Body() {}
+
+func (*Command_Deposits) isCommand_Body() {}
+
+func (*Command_Seal) isCommand_Body() {}
+
+func (*Command_MergeSegments) isCommand_Body() {}
 
 type CreateCluster struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -668,6 +716,51 @@ func (x *Deposit) GetMemo() string {
 	return ""
 }
 
+// Deposits are taken together, or none of them.
+type Deposits struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Deposits      []*Deposit             `protobuf:"bytes,1,rep,name=deposits,proto3" json:"deposits,omitempty"` // at most 8192
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Deposits) Reset() {
+	*x = Deposits{}
+	mi := &file_muster_v1_command_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Deposits) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Deposits) ProtoMessage() {}
+
+func (x *Deposits) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_command_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Deposits.ProtoReflect.Descriptor instead.
+func (*Deposits) Descriptor() ([]byte, []int) {
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Deposits) GetDeposits() []*Deposit {
+	if x != nil {
+		return x.Deposits
+	}
+	return nil
+}
+
 type RegisterNode struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          *Node                  `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -677,7 +770,7 @@ type RegisterNode struct {
 
 func (x *RegisterNode) Reset() {
 	*x = RegisterNode{}
-	mi := &file_muster_v1_command_proto_msgTypes[6]
+	mi := &file_muster_v1_command_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -689,7 +782,7 @@ func (x *RegisterNode) String() string {
 func (*RegisterNode) ProtoMessage() {}
 
 func (x *RegisterNode) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[6]
+	mi := &file_muster_v1_command_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -702,7 +795,7 @@ func (x *RegisterNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterNode.ProtoReflect.Descriptor instead.
 func (*RegisterNode) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{6}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RegisterNode) GetNode() *Node {
@@ -722,7 +815,7 @@ type RegisterTip struct {
 
 func (x *RegisterTip) Reset() {
 	*x = RegisterTip{}
-	mi := &file_muster_v1_command_proto_msgTypes[7]
+	mi := &file_muster_v1_command_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -734,7 +827,7 @@ func (x *RegisterTip) String() string {
 func (*RegisterTip) ProtoMessage() {}
 
 func (x *RegisterTip) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[7]
+	mi := &file_muster_v1_command_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -747,7 +840,7 @@ func (x *RegisterTip) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterTip.ProtoReflect.Descriptor instead.
 func (*RegisterTip) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{7}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RegisterTip) GetNode() string {
@@ -773,7 +866,7 @@ type RegisterWorker struct {
 
 func (x *RegisterWorker) Reset() {
 	*x = RegisterWorker{}
-	mi := &file_muster_v1_command_proto_msgTypes[8]
+	mi := &file_muster_v1_command_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -785,7 +878,7 @@ func (x *RegisterWorker) String() string {
 func (*RegisterWorker) ProtoMessage() {}
 
 func (x *RegisterWorker) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[8]
+	mi := &file_muster_v1_command_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -798,7 +891,7 @@ func (x *RegisterWorker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterWorker.ProtoReflect.Descriptor instead.
 func (*RegisterWorker) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{8}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RegisterWorker) GetWorker() *Worker {
@@ -818,7 +911,7 @@ type DrainWorker struct {
 
 func (x *DrainWorker) Reset() {
 	*x = DrainWorker{}
-	mi := &file_muster_v1_command_proto_msgTypes[9]
+	mi := &file_muster_v1_command_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -830,7 +923,7 @@ func (x *DrainWorker) String() string {
 func (*DrainWorker) ProtoMessage() {}
 
 func (x *DrainWorker) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[9]
+	mi := &file_muster_v1_command_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -843,7 +936,7 @@ func (x *DrainWorker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrainWorker.ProtoReflect.Descriptor instead.
 func (*DrainWorker) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{9}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DrainWorker) GetWorker() string {
@@ -872,7 +965,7 @@ type SubmitJob struct {
 
 func (x *SubmitJob) Reset() {
 	*x = SubmitJob{}
-	mi := &file_muster_v1_command_proto_msgTypes[10]
+	mi := &file_muster_v1_command_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -884,7 +977,7 @@ func (x *SubmitJob) String() string {
 func (*SubmitJob) ProtoMessage() {}
 
 func (x *SubmitJob) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[10]
+	mi := &file_muster_v1_command_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -897,7 +990,7 @@ func (x *SubmitJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubmitJob.ProtoReflect.Descriptor instead.
 func (*SubmitJob) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{10}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SubmitJob) GetJob() string {
@@ -938,7 +1031,7 @@ type CancelJob struct {
 
 func (x *CancelJob) Reset() {
 	*x = CancelJob{}
-	mi := &file_muster_v1_command_proto_msgTypes[11]
+	mi := &file_muster_v1_command_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -950,7 +1043,7 @@ func (x *CancelJob) String() string {
 func (*CancelJob) ProtoMessage() {}
 
 func (x *CancelJob) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[11]
+	mi := &file_muster_v1_command_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -963,7 +1056,7 @@ func (x *CancelJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelJob.ProtoReflect.Descriptor instead.
 func (*CancelJob) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{11}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CancelJob) GetJob() string {
@@ -990,7 +1083,7 @@ type FundJob struct {
 
 func (x *FundJob) Reset() {
 	*x = FundJob{}
-	mi := &file_muster_v1_command_proto_msgTypes[12]
+	mi := &file_muster_v1_command_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1002,7 +1095,7 @@ func (x *FundJob) String() string {
 func (*FundJob) ProtoMessage() {}
 
 func (x *FundJob) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[12]
+	mi := &file_muster_v1_command_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1015,7 +1108,7 @@ func (x *FundJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FundJob.ProtoReflect.Descriptor instead.
 func (*FundJob) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{12}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *FundJob) GetJob() string {
@@ -1048,7 +1141,7 @@ type PlaceAttempt struct {
 
 func (x *PlaceAttempt) Reset() {
 	*x = PlaceAttempt{}
-	mi := &file_muster_v1_command_proto_msgTypes[13]
+	mi := &file_muster_v1_command_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1060,7 +1153,7 @@ func (x *PlaceAttempt) String() string {
 func (*PlaceAttempt) ProtoMessage() {}
 
 func (x *PlaceAttempt) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[13]
+	mi := &file_muster_v1_command_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1073,7 +1166,7 @@ func (x *PlaceAttempt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlaceAttempt.ProtoReflect.Descriptor instead.
 func (*PlaceAttempt) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{13}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *PlaceAttempt) GetAttempt() string {
@@ -1142,7 +1235,7 @@ type StartAttempt struct {
 
 func (x *StartAttempt) Reset() {
 	*x = StartAttempt{}
-	mi := &file_muster_v1_command_proto_msgTypes[14]
+	mi := &file_muster_v1_command_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1154,7 +1247,7 @@ func (x *StartAttempt) String() string {
 func (*StartAttempt) ProtoMessage() {}
 
 func (x *StartAttempt) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[14]
+	mi := &file_muster_v1_command_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1167,7 +1260,7 @@ func (x *StartAttempt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartAttempt.ProtoReflect.Descriptor instead.
 func (*StartAttempt) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{14}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StartAttempt) GetAttempt() string {
@@ -1188,13 +1281,14 @@ type CommitResult struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Commit         *Commit                `protobuf:"bytes,1,opt,name=commit,proto3" json:"commit,omitempty"`
 	ReceivedUnixMs int64                  `protobuf:"varint,2,opt,name=received_unix_ms,json=receivedUnixMs,proto3" json:"received_unix_ms,omitempty"` // by the leader, before it examined the result
+	Stored         *Stored                `protobuf:"bytes,3,opt,name=stored,proto3" json:"stored,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *CommitResult) Reset() {
 	*x = CommitResult{}
-	mi := &file_muster_v1_command_proto_msgTypes[15]
+	mi := &file_muster_v1_command_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1206,7 +1300,7 @@ func (x *CommitResult) String() string {
 func (*CommitResult) ProtoMessage() {}
 
 func (x *CommitResult) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[15]
+	mi := &file_muster_v1_command_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1219,7 +1313,7 @@ func (x *CommitResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResult.ProtoReflect.Descriptor instead.
 func (*CommitResult) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{15}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CommitResult) GetCommit() *Commit {
@@ -1234,6 +1328,13 @@ func (x *CommitResult) GetReceivedUnixMs() int64 {
 		return x.ReceivedUnixMs
 	}
 	return 0
+}
+
+func (x *CommitResult) GetStored() *Stored {
+	if x != nil {
+		return x.Stored
+	}
+	return nil
 }
 
 type EndAttempt struct {
@@ -1251,7 +1352,7 @@ type EndAttempt struct {
 
 func (x *EndAttempt) Reset() {
 	*x = EndAttempt{}
-	mi := &file_muster_v1_command_proto_msgTypes[16]
+	mi := &file_muster_v1_command_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1263,7 +1364,7 @@ func (x *EndAttempt) String() string {
 func (*EndAttempt) ProtoMessage() {}
 
 func (x *EndAttempt) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[16]
+	mi := &file_muster_v1_command_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1276,7 +1377,7 @@ func (x *EndAttempt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndAttempt.ProtoReflect.Descriptor instead.
 func (*EndAttempt) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{16}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EndAttempt) GetAttempt() string {
@@ -1339,7 +1440,7 @@ type CloseBatch struct {
 
 func (x *CloseBatch) Reset() {
 	*x = CloseBatch{}
-	mi := &file_muster_v1_command_proto_msgTypes[17]
+	mi := &file_muster_v1_command_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1351,7 +1452,7 @@ func (x *CloseBatch) String() string {
 func (*CloseBatch) ProtoMessage() {}
 
 func (x *CloseBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[17]
+	mi := &file_muster_v1_command_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1364,7 +1465,7 @@ func (x *CloseBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseBatch.ProtoReflect.Descriptor instead.
 func (*CloseBatch) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{17}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CloseBatch) GetEpoch() uint64 {
@@ -1397,7 +1498,7 @@ type RevealValue struct {
 
 func (x *RevealValue) Reset() {
 	*x = RevealValue{}
-	mi := &file_muster_v1_command_proto_msgTypes[18]
+	mi := &file_muster_v1_command_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +1510,7 @@ func (x *RevealValue) String() string {
 func (*RevealValue) ProtoMessage() {}
 
 func (x *RevealValue) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[18]
+	mi := &file_muster_v1_command_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +1523,7 @@ func (x *RevealValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevealValue.ProtoReflect.Descriptor instead.
 func (*RevealValue) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{18}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RevealValue) GetReveal() *Reveal {
@@ -1442,7 +1543,7 @@ type FailBatchClosed struct {
 
 func (x *FailBatchClosed) Reset() {
 	*x = FailBatchClosed{}
-	mi := &file_muster_v1_command_proto_msgTypes[19]
+	mi := &file_muster_v1_command_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1555,7 @@ func (x *FailBatchClosed) String() string {
 func (*FailBatchClosed) ProtoMessage() {}
 
 func (x *FailBatchClosed) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[19]
+	mi := &file_muster_v1_command_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1568,7 @@ func (x *FailBatchClosed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FailBatchClosed.ProtoReflect.Descriptor instead.
 func (*FailBatchClosed) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{19}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *FailBatchClosed) GetEpoch() uint64 {
@@ -1494,7 +1595,7 @@ type RecordComparisons struct {
 
 func (x *RecordComparisons) Reset() {
 	*x = RecordComparisons{}
-	mi := &file_muster_v1_command_proto_msgTypes[20]
+	mi := &file_muster_v1_command_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1506,7 +1607,7 @@ func (x *RecordComparisons) String() string {
 func (*RecordComparisons) ProtoMessage() {}
 
 func (x *RecordComparisons) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[20]
+	mi := &file_muster_v1_command_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1519,7 +1620,7 @@ func (x *RecordComparisons) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordComparisons.ProtoReflect.Descriptor instead.
 func (*RecordComparisons) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{20}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RecordComparisons) GetCheck() string {
@@ -1536,6 +1637,130 @@ func (x *RecordComparisons) GetComparisons() []*Comparison {
 	return nil
 }
 
+// Seal takes finished work out of the replicated state: a durable blob holds it
+// from now on.
+type Seal struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Segment         *Segment               `protobuf:"bytes,1,opt,name=segment,proto3" json:"segment,omitempty"`
+	Jobs            []string               `protobuf:"bytes,2,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	ThroughTransfer uint64                 `protobuf:"varint,3,opt,name=through_transfer,json=throughTransfer,proto3" json:"through_transfer,omitempty"` // transfers up to this one; 0 is none
+	ThroughEpoch    uint64                 `protobuf:"varint,4,opt,name=through_epoch,json=throughEpoch,proto3" json:"through_epoch,omitempty"`          // batches up to this one; 0 is none
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Seal) Reset() {
+	*x = Seal{}
+	mi := &file_muster_v1_command_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Seal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Seal) ProtoMessage() {}
+
+func (x *Seal) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_command_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Seal.ProtoReflect.Descriptor instead.
+func (*Seal) Descriptor() ([]byte, []int) {
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Seal) GetSegment() *Segment {
+	if x != nil {
+		return x.Segment
+	}
+	return nil
+}
+
+func (x *Seal) GetJobs() []string {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+func (x *Seal) GetThroughTransfer() uint64 {
+	if x != nil {
+		return x.ThroughTransfer
+	}
+	return 0
+}
+
+func (x *Seal) GetThroughEpoch() uint64 {
+	if x != nil {
+		return x.ThroughEpoch
+	}
+	return 0
+}
+
+// MergeSegments puts one segment in the place of several neighbours that hold
+// the same.
+type MergeSegments struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Replaced      []string               `protobuf:"bytes,1,rep,name=replaced,proto3" json:"replaced,omitempty"` // digests
+	Segment       *Segment               `protobuf:"bytes,2,opt,name=segment,proto3" json:"segment,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MergeSegments) Reset() {
+	*x = MergeSegments{}
+	mi := &file_muster_v1_command_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MergeSegments) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MergeSegments) ProtoMessage() {}
+
+func (x *MergeSegments) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_command_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MergeSegments.ProtoReflect.Descriptor instead.
+func (*MergeSegments) Descriptor() ([]byte, []int) {
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *MergeSegments) GetReplaced() []string {
+	if x != nil {
+		return x.Replaced
+	}
+	return nil
+}
+
+func (x *MergeSegments) GetSegment() *Segment {
+	if x != nil {
+		return x.Segment
+	}
+	return nil
+}
+
 type GiveUpCheck struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Check         string                 `protobuf:"bytes,1,opt,name=check,proto3" json:"check,omitempty"`
@@ -1546,7 +1771,7 @@ type GiveUpCheck struct {
 
 func (x *GiveUpCheck) Reset() {
 	*x = GiveUpCheck{}
-	mi := &file_muster_v1_command_proto_msgTypes[21]
+	mi := &file_muster_v1_command_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1558,7 +1783,7 @@ func (x *GiveUpCheck) String() string {
 func (*GiveUpCheck) ProtoMessage() {}
 
 func (x *GiveUpCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_command_proto_msgTypes[21]
+	mi := &file_muster_v1_command_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1571,7 +1796,7 @@ func (x *GiveUpCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GiveUpCheck.ProtoReflect.Descriptor instead.
 func (*GiveUpCheck) Descriptor() ([]byte, []int) {
-	return file_muster_v1_command_proto_rawDescGZIP(), []int{21}
+	return file_muster_v1_command_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GiveUpCheck) GetCheck() string {
@@ -1594,8 +1819,7 @@ const file_muster_v1_command_proto_rawDesc = "" +
 	"\n" +
 	"\x17muster/v1/command.proto\x12\tmuster.v1\x1a\x13muster/v1/job.proto\x1a\x15muster/v1/state.proto\"7\n" +
 	"\x05Entry\x12.\n" +
-	"\bcommands\x18\x01 \x03(\v2\x12.muster.v1.CommandR\bcommands\"\xaa\n" +
-	"\n" +
+	"\bcommands\x18\x01 \x03(\v2\x12.muster.v1.CommandR\bcommands\"\xc7\v\n" +
 	"\aCommand\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12 \n" +
 	"\ftime_unix_ms\x18\x02 \x01(\x03R\n" +
@@ -1626,7 +1850,10 @@ const file_muster_v1_command_proto_rawDesc = "" +
 	"\x06reveal\x18\x1a \x01(\v2\x16.muster.v1.RevealValueH\x00R\x06reveal\x12H\n" +
 	"\x11fail_batch_closed\x18\x1b \x01(\v2\x1a.muster.v1.FailBatchClosedH\x00R\x0ffailBatchClosed\x12M\n" +
 	"\x12record_comparisons\x18\x1c \x01(\v2\x1c.muster.v1.RecordComparisonsH\x00R\x11recordComparisons\x12<\n" +
-	"\rgive_up_check\x18\x1d \x01(\v2\x16.muster.v1.GiveUpCheckH\x00R\vgiveUpCheckB\x06\n" +
+	"\rgive_up_check\x18\x1d \x01(\v2\x16.muster.v1.GiveUpCheckH\x00R\vgiveUpCheck\x121\n" +
+	"\bdeposits\x18\x1e \x01(\v2\x13.muster.v1.DepositsH\x00R\bdeposits\x12%\n" +
+	"\x04seal\x18\x1f \x01(\v2\x0f.muster.v1.SealH\x00R\x04seal\x12A\n" +
+	"\x0emerge_segments\x18  \x01(\v2\x18.muster.v1.MergeSegmentsH\x00R\rmergeSegmentsB\x06\n" +
 	"\x04body\")\n" +
 	"\rCreateCluster\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\")\n" +
@@ -1639,7 +1866,9 @@ const file_muster_v1_command_proto_rawDesc = "" +
 	"\aDeposit\x12\x18\n" +
 	"\aaccount\x18\x01 \x01(\tR\aaccount\x12(\n" +
 	"\x10amount_micro_usd\x18\x02 \x01(\x03R\x0eamountMicroUsd\x12\x12\n" +
-	"\x04memo\x18\x03 \x01(\tR\x04memo\"3\n" +
+	"\x04memo\x18\x03 \x01(\tR\x04memo\":\n" +
+	"\bDeposits\x12.\n" +
+	"\bdeposits\x18\x01 \x03(\v2\x12.muster.v1.DepositR\bdeposits\"3\n" +
 	"\fRegisterNode\x12#\n" +
 	"\x04node\x18\x01 \x01(\v2\x0f.muster.v1.NodeR\x04node\"3\n" +
 	"\vRegisterTip\x12\x12\n" +
@@ -1672,10 +1901,11 @@ const file_muster_v1_command_proto_rawDesc = "" +
 	"\arelaxed\x18\b \x01(\tR\arelaxed\"R\n" +
 	"\fStartAttempt\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12(\n" +
-	"\x10received_unix_ms\x18\x02 \x01(\x03R\x0ereceivedUnixMs\"c\n" +
+	"\x10received_unix_ms\x18\x02 \x01(\x03R\x0ereceivedUnixMs\"\x8e\x01\n" +
 	"\fCommitResult\x12)\n" +
 	"\x06commit\x18\x01 \x01(\v2\x11.muster.v1.CommitR\x06commit\x12(\n" +
-	"\x10received_unix_ms\x18\x02 \x01(\x03R\x0ereceivedUnixMs\"\xef\x01\n" +
+	"\x10received_unix_ms\x18\x02 \x01(\x03R\x0ereceivedUnixMs\x12)\n" +
+	"\x06stored\x18\x03 \x01(\v2\x11.muster.v1.StoredR\x06stored\"\xef\x01\n" +
 	"\n" +
 	"EndAttempt\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12-\n" +
@@ -1698,7 +1928,15 @@ const file_muster_v1_command_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"b\n" +
 	"\x11RecordComparisons\x12\x14\n" +
 	"\x05check\x18\x01 \x01(\tR\x05check\x127\n" +
-	"\vcomparisons\x18\x02 \x03(\v2\x15.muster.v1.ComparisonR\vcomparisons\";\n" +
+	"\vcomparisons\x18\x02 \x03(\v2\x15.muster.v1.ComparisonR\vcomparisons\"\x98\x01\n" +
+	"\x04Seal\x12,\n" +
+	"\asegment\x18\x01 \x01(\v2\x12.muster.v1.SegmentR\asegment\x12\x12\n" +
+	"\x04jobs\x18\x02 \x03(\tR\x04jobs\x12)\n" +
+	"\x10through_transfer\x18\x03 \x01(\x04R\x0fthroughTransfer\x12#\n" +
+	"\rthrough_epoch\x18\x04 \x01(\x04R\fthroughEpoch\"Y\n" +
+	"\rMergeSegments\x12\x1a\n" +
+	"\breplaced\x18\x01 \x03(\tR\breplaced\x12,\n" +
+	"\asegment\x18\x02 \x01(\v2\x12.muster.v1.SegmentR\asegment\";\n" +
 	"\vGiveUpCheck\x12\x14\n" +
 	"\x05check\x18\x01 \x01(\tR\x05check\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reasonB*Z(github.com/musternet/muster/api/musterpbb\x06proto3"
@@ -1715,7 +1953,7 @@ func file_muster_v1_command_proto_rawDescGZIP() []byte {
 	return file_muster_v1_command_proto_rawDescData
 }
 
-var file_muster_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_muster_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_muster_v1_command_proto_goTypes = []any{
 	(*Entry)(nil),             // 0: muster.v1.Entry
 	(*Command)(nil),           // 1: muster.v1.Command
@@ -1723,31 +1961,36 @@ var file_muster_v1_command_proto_goTypes = []any{
 	(*CreateAccount)(nil),     // 3: muster.v1.CreateAccount
 	(*CreateKey)(nil),         // 4: muster.v1.CreateKey
 	(*Deposit)(nil),           // 5: muster.v1.Deposit
-	(*RegisterNode)(nil),      // 6: muster.v1.RegisterNode
-	(*RegisterTip)(nil),       // 7: muster.v1.RegisterTip
-	(*RegisterWorker)(nil),    // 8: muster.v1.RegisterWorker
-	(*DrainWorker)(nil),       // 9: muster.v1.DrainWorker
-	(*SubmitJob)(nil),         // 10: muster.v1.SubmitJob
-	(*CancelJob)(nil),         // 11: muster.v1.CancelJob
-	(*FundJob)(nil),           // 12: muster.v1.FundJob
-	(*PlaceAttempt)(nil),      // 13: muster.v1.PlaceAttempt
-	(*StartAttempt)(nil),      // 14: muster.v1.StartAttempt
-	(*CommitResult)(nil),      // 15: muster.v1.CommitResult
-	(*EndAttempt)(nil),        // 16: muster.v1.EndAttempt
-	(*CloseBatch)(nil),        // 17: muster.v1.CloseBatch
-	(*RevealValue)(nil),       // 18: muster.v1.RevealValue
-	(*FailBatchClosed)(nil),   // 19: muster.v1.FailBatchClosed
-	(*RecordComparisons)(nil), // 20: muster.v1.RecordComparisons
-	(*GiveUpCheck)(nil),       // 21: muster.v1.GiveUpCheck
-	(Role)(0),                 // 22: muster.v1.Role
-	(*Node)(nil),              // 23: muster.v1.Node
-	(*Worker)(nil),            // 24: muster.v1.Worker
-	(*JobSpec)(nil),           // 25: muster.v1.JobSpec
-	(*Commit)(nil),            // 26: muster.v1.Commit
-	(AttemptState)(0),         // 27: muster.v1.AttemptState
-	(Blame)(0),                // 28: muster.v1.Blame
-	(*Reveal)(nil),            // 29: muster.v1.Reveal
-	(*Comparison)(nil),        // 30: muster.v1.Comparison
+	(*Deposits)(nil),          // 6: muster.v1.Deposits
+	(*RegisterNode)(nil),      // 7: muster.v1.RegisterNode
+	(*RegisterTip)(nil),       // 8: muster.v1.RegisterTip
+	(*RegisterWorker)(nil),    // 9: muster.v1.RegisterWorker
+	(*DrainWorker)(nil),       // 10: muster.v1.DrainWorker
+	(*SubmitJob)(nil),         // 11: muster.v1.SubmitJob
+	(*CancelJob)(nil),         // 12: muster.v1.CancelJob
+	(*FundJob)(nil),           // 13: muster.v1.FundJob
+	(*PlaceAttempt)(nil),      // 14: muster.v1.PlaceAttempt
+	(*StartAttempt)(nil),      // 15: muster.v1.StartAttempt
+	(*CommitResult)(nil),      // 16: muster.v1.CommitResult
+	(*EndAttempt)(nil),        // 17: muster.v1.EndAttempt
+	(*CloseBatch)(nil),        // 18: muster.v1.CloseBatch
+	(*RevealValue)(nil),       // 19: muster.v1.RevealValue
+	(*FailBatchClosed)(nil),   // 20: muster.v1.FailBatchClosed
+	(*RecordComparisons)(nil), // 21: muster.v1.RecordComparisons
+	(*Seal)(nil),              // 22: muster.v1.Seal
+	(*MergeSegments)(nil),     // 23: muster.v1.MergeSegments
+	(*GiveUpCheck)(nil),       // 24: muster.v1.GiveUpCheck
+	(Role)(0),                 // 25: muster.v1.Role
+	(*Node)(nil),              // 26: muster.v1.Node
+	(*Worker)(nil),            // 27: muster.v1.Worker
+	(*JobSpec)(nil),           // 28: muster.v1.JobSpec
+	(*Commit)(nil),            // 29: muster.v1.Commit
+	(*Stored)(nil),            // 30: muster.v1.Stored
+	(AttemptState)(0),         // 31: muster.v1.AttemptState
+	(Blame)(0),                // 32: muster.v1.Blame
+	(*Reveal)(nil),            // 33: muster.v1.Reveal
+	(*Comparison)(nil),        // 34: muster.v1.Comparison
+	(*Segment)(nil),           // 35: muster.v1.Segment
 }
 var file_muster_v1_command_proto_depIdxs = []int32{
 	1,  // 0: muster.v1.Entry.commands:type_name -> muster.v1.Command
@@ -1755,36 +1998,43 @@ var file_muster_v1_command_proto_depIdxs = []int32{
 	3,  // 2: muster.v1.Command.create_account:type_name -> muster.v1.CreateAccount
 	4,  // 3: muster.v1.Command.create_key:type_name -> muster.v1.CreateKey
 	5,  // 4: muster.v1.Command.deposit:type_name -> muster.v1.Deposit
-	6,  // 5: muster.v1.Command.register_node:type_name -> muster.v1.RegisterNode
-	7,  // 6: muster.v1.Command.register_tip:type_name -> muster.v1.RegisterTip
-	8,  // 7: muster.v1.Command.register_worker:type_name -> muster.v1.RegisterWorker
-	9,  // 8: muster.v1.Command.drain_worker:type_name -> muster.v1.DrainWorker
-	10, // 9: muster.v1.Command.submit_job:type_name -> muster.v1.SubmitJob
-	11, // 10: muster.v1.Command.cancel_job:type_name -> muster.v1.CancelJob
-	12, // 11: muster.v1.Command.fund_job:type_name -> muster.v1.FundJob
-	13, // 12: muster.v1.Command.place_attempt:type_name -> muster.v1.PlaceAttempt
-	14, // 13: muster.v1.Command.start_attempt:type_name -> muster.v1.StartAttempt
-	15, // 14: muster.v1.Command.commit_result:type_name -> muster.v1.CommitResult
-	16, // 15: muster.v1.Command.end_attempt:type_name -> muster.v1.EndAttempt
-	17, // 16: muster.v1.Command.close_batch:type_name -> muster.v1.CloseBatch
-	18, // 17: muster.v1.Command.reveal:type_name -> muster.v1.RevealValue
-	19, // 18: muster.v1.Command.fail_batch_closed:type_name -> muster.v1.FailBatchClosed
-	20, // 19: muster.v1.Command.record_comparisons:type_name -> muster.v1.RecordComparisons
-	21, // 20: muster.v1.Command.give_up_check:type_name -> muster.v1.GiveUpCheck
-	22, // 21: muster.v1.CreateKey.role:type_name -> muster.v1.Role
-	23, // 22: muster.v1.RegisterNode.node:type_name -> muster.v1.Node
-	24, // 23: muster.v1.RegisterWorker.worker:type_name -> muster.v1.Worker
-	25, // 24: muster.v1.SubmitJob.spec:type_name -> muster.v1.JobSpec
-	26, // 25: muster.v1.CommitResult.commit:type_name -> muster.v1.Commit
-	27, // 26: muster.v1.EndAttempt.state:type_name -> muster.v1.AttemptState
-	28, // 27: muster.v1.EndAttempt.blame:type_name -> muster.v1.Blame
-	29, // 28: muster.v1.RevealValue.reveal:type_name -> muster.v1.Reveal
-	30, // 29: muster.v1.RecordComparisons.comparisons:type_name -> muster.v1.Comparison
-	30, // [30:30] is the sub-list for method output_type
-	30, // [30:30] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	7,  // 5: muster.v1.Command.register_node:type_name -> muster.v1.RegisterNode
+	8,  // 6: muster.v1.Command.register_tip:type_name -> muster.v1.RegisterTip
+	9,  // 7: muster.v1.Command.register_worker:type_name -> muster.v1.RegisterWorker
+	10, // 8: muster.v1.Command.drain_worker:type_name -> muster.v1.DrainWorker
+	11, // 9: muster.v1.Command.submit_job:type_name -> muster.v1.SubmitJob
+	12, // 10: muster.v1.Command.cancel_job:type_name -> muster.v1.CancelJob
+	13, // 11: muster.v1.Command.fund_job:type_name -> muster.v1.FundJob
+	14, // 12: muster.v1.Command.place_attempt:type_name -> muster.v1.PlaceAttempt
+	15, // 13: muster.v1.Command.start_attempt:type_name -> muster.v1.StartAttempt
+	16, // 14: muster.v1.Command.commit_result:type_name -> muster.v1.CommitResult
+	17, // 15: muster.v1.Command.end_attempt:type_name -> muster.v1.EndAttempt
+	18, // 16: muster.v1.Command.close_batch:type_name -> muster.v1.CloseBatch
+	19, // 17: muster.v1.Command.reveal:type_name -> muster.v1.RevealValue
+	20, // 18: muster.v1.Command.fail_batch_closed:type_name -> muster.v1.FailBatchClosed
+	21, // 19: muster.v1.Command.record_comparisons:type_name -> muster.v1.RecordComparisons
+	24, // 20: muster.v1.Command.give_up_check:type_name -> muster.v1.GiveUpCheck
+	6,  // 21: muster.v1.Command.deposits:type_name -> muster.v1.Deposits
+	22, // 22: muster.v1.Command.seal:type_name -> muster.v1.Seal
+	23, // 23: muster.v1.Command.merge_segments:type_name -> muster.v1.MergeSegments
+	25, // 24: muster.v1.CreateKey.role:type_name -> muster.v1.Role
+	5,  // 25: muster.v1.Deposits.deposits:type_name -> muster.v1.Deposit
+	26, // 26: muster.v1.RegisterNode.node:type_name -> muster.v1.Node
+	27, // 27: muster.v1.RegisterWorker.worker:type_name -> muster.v1.Worker
+	28, // 28: muster.v1.SubmitJob.spec:type_name -> muster.v1.JobSpec
+	29, // 29: muster.v1.CommitResult.commit:type_name -> muster.v1.Commit
+	30, // 30: muster.v1.CommitResult.stored:type_name -> muster.v1.Stored
+	31, // 31: muster.v1.EndAttempt.state:type_name -> muster.v1.AttemptState
+	32, // 32: muster.v1.EndAttempt.blame:type_name -> muster.v1.Blame
+	33, // 33: muster.v1.RevealValue.reveal:type_name -> muster.v1.Reveal
+	34, // 34: muster.v1.RecordComparisons.comparisons:type_name -> muster.v1.Comparison
+	35, // 35: muster.v1.Seal.segment:type_name -> muster.v1.Segment
+	35, // 36: muster.v1.MergeSegments.segment:type_name -> muster.v1.Segment
+	37, // [37:37] is the sub-list for method output_type
+	37, // [37:37] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_muster_v1_command_proto_init() }
@@ -1815,6 +2065,9 @@ func file_muster_v1_command_proto_init() {
 		(*Command_FailBatchClosed)(nil),
 		(*Command_RecordComparisons)(nil),
 		(*Command_GiveUpCheck)(nil),
+		(*Command_Deposits)(nil),
+		(*Command_Seal)(nil),
+		(*Command_MergeSegments)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1822,7 +2075,7 @@ func file_muster_v1_command_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_muster_v1_command_proto_rawDesc), len(file_muster_v1_command_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -119,6 +119,55 @@ func (OutputMode) EnumDescriptor() ([]byte, []int) {
 	return file_muster_v1_job_proto_rawDescGZIP(), []int{1}
 }
 
+type Spread int32
+
+const (
+	Spread_SPREAD_NONE   Spread = 0 // fill one worker after the other
+	Spread_SPREAD_WORKER Spread = 1 // over machines
+	Spread_SPREAD_OWNER  Spread = 2 // over owners
+)
+
+// Enum value maps for Spread.
+var (
+	Spread_name = map[int32]string{
+		0: "SPREAD_NONE",
+		1: "SPREAD_WORKER",
+		2: "SPREAD_OWNER",
+	}
+	Spread_value = map[string]int32{
+		"SPREAD_NONE":   0,
+		"SPREAD_WORKER": 1,
+		"SPREAD_OWNER":  2,
+	}
+)
+
+func (x Spread) Enum() *Spread {
+	p := new(Spread)
+	*p = x
+	return p
+}
+
+func (x Spread) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Spread) Descriptor() protoreflect.EnumDescriptor {
+	return file_muster_v1_job_proto_enumTypes[2].Descriptor()
+}
+
+func (Spread) Type() protoreflect.EnumType {
+	return &file_muster_v1_job_proto_enumTypes[2]
+}
+
+func (x Spread) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Spread.Descriptor instead.
+func (Spread) EnumDescriptor() ([]byte, []int) {
+	return file_muster_v1_job_proto_rawDescGZIP(), []int{2}
+}
+
 type JobSpec struct {
 	state                   protoimpl.MessageState `protogen:"open.v1"`
 	Name                    string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -137,6 +186,7 @@ type JobSpec struct {
 	Outputs                 OutputMode             `protobuf:"varint,14,opt,name=outputs,proto3,enum=muster.v1.OutputMode" json:"outputs,omitempty"`
 	Network                 bool                   `protobuf:"varint,15,opt,name=network,proto3" json:"network,omitempty"`
 	Priority                int32                  `protobuf:"varint,16,opt,name=priority,proto3" json:"priority,omitempty"` // -100 to 100; orders the jobs of one account
+	Placement               *Placement             `protobuf:"bytes,17,opt,name=placement,proto3" json:"placement,omitempty"`
 	unknownFields           protoimpl.UnknownFields
 	sizeCache               protoimpl.SizeCache
 }
@@ -281,6 +331,13 @@ func (x *JobSpec) GetPriority() int32 {
 		return x.Priority
 	}
 	return 0
+}
+
+func (x *JobSpec) GetPlacement() *Placement {
+	if x != nil {
+		return x.Placement
+	}
+	return nil
 }
 
 type Image struct {
@@ -616,6 +673,122 @@ func (x *ItemRange) GetStep() uint64 {
 	return 0
 }
 
+// Placement is where the customer would rather have a job's attempts. It
+// orders workers that satisfy the resources, and rules none out.
+type Placement struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Spread        Spread                 `protobuf:"varint,1,opt,name=spread,proto3,enum=muster.v1.Spread" json:"spread,omitempty"`
+	Affinities    []*Affinity            `protobuf:"bytes,2,rep,name=affinities,proto3" json:"affinities,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Placement) Reset() {
+	*x = Placement{}
+	mi := &file_muster_v1_job_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Placement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Placement) ProtoMessage() {}
+
+func (x *Placement) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_job_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Placement.ProtoReflect.Descriptor instead.
+func (*Placement) Descriptor() ([]byte, []int) {
+	return file_muster_v1_job_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Placement) GetSpread() Spread {
+	if x != nil {
+		return x.Spread
+	}
+	return Spread_SPREAD_NONE
+}
+
+func (x *Placement) GetAffinities() []*Affinity {
+	if x != nil {
+		return x.Affinities
+	}
+	return nil
+}
+
+// Affinity prefers workers with an attribute, or with a negative weight avoids
+// them.
+type Affinity struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Attribute     string                 `protobuf:"bytes,1,opt,name=attribute,proto3" json:"attribute,omitempty"` // "owner", "worker", "gpu", "platform"
+	Value         string                 `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	Weight        int32                  `protobuf:"varint,3,opt,name=weight,proto3" json:"weight,omitempty"` // -100 to 100
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Affinity) Reset() {
+	*x = Affinity{}
+	mi := &file_muster_v1_job_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Affinity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Affinity) ProtoMessage() {}
+
+func (x *Affinity) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_job_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Affinity.ProtoReflect.Descriptor instead.
+func (*Affinity) Descriptor() ([]byte, []int) {
+	return file_muster_v1_job_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Affinity) GetAttribute() string {
+	if x != nil {
+		return x.Attribute
+	}
+	return ""
+}
+
+func (x *Affinity) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
+func (x *Affinity) GetWeight() int32 {
+	if x != nil {
+		return x.Weight
+	}
+	return 0
+}
+
 type Resources struct {
 	state                protoimpl.MessageState `protogen:"open.v1"`
 	Gpus                 uint32                 `protobuf:"varint,1,opt,name=gpus,proto3" json:"gpus,omitempty"`
@@ -631,7 +804,7 @@ type Resources struct {
 
 func (x *Resources) Reset() {
 	*x = Resources{}
-	mi := &file_muster_v1_job_proto_msgTypes[6]
+	mi := &file_muster_v1_job_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -643,7 +816,7 @@ func (x *Resources) String() string {
 func (*Resources) ProtoMessage() {}
 
 func (x *Resources) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_job_proto_msgTypes[6]
+	mi := &file_muster_v1_job_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -656,7 +829,7 @@ func (x *Resources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resources.ProtoReflect.Descriptor instead.
 func (*Resources) Descriptor() ([]byte, []int) {
-	return file_muster_v1_job_proto_rawDescGZIP(), []int{6}
+	return file_muster_v1_job_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Resources) GetGpus() uint32 {
@@ -721,7 +894,7 @@ type Verify struct {
 
 func (x *Verify) Reset() {
 	*x = Verify{}
-	mi := &file_muster_v1_job_proto_msgTypes[7]
+	mi := &file_muster_v1_job_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -733,7 +906,7 @@ func (x *Verify) String() string {
 func (*Verify) ProtoMessage() {}
 
 func (x *Verify) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_job_proto_msgTypes[7]
+	mi := &file_muster_v1_job_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -746,7 +919,7 @@ func (x *Verify) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verify.ProtoReflect.Descriptor instead.
 func (*Verify) Descriptor() ([]byte, []int) {
-	return file_muster_v1_job_proto_rawDescGZIP(), []int{7}
+	return file_muster_v1_job_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Verify) GetComparator() string {
@@ -788,7 +961,7 @@ var File_muster_v1_job_proto protoreflect.FileDescriptor
 
 const file_muster_v1_job_proto_rawDesc = "" +
 	"\n" +
-	"\x13muster/v1/job.proto\x12\tmuster.v1\"\xd4\x04\n" +
+	"\x13muster/v1/job.proto\x12\tmuster.v1\"\x88\x05\n" +
 	"\aJobSpec\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12&\n" +
 	"\x05image\x18\x02 \x01(\v2\x10.muster.v1.ImageR\x05image\x12\x18\n" +
@@ -807,7 +980,8 @@ const file_muster_v1_job_proto_rawDesc = "" +
 	"\x06verify\x18\r \x01(\v2\x11.muster.v1.VerifyR\x06verify\x12/\n" +
 	"\aoutputs\x18\x0e \x01(\x0e2\x15.muster.v1.OutputModeR\aoutputs\x12\x18\n" +
 	"\anetwork\x18\x0f \x01(\bR\anetwork\x12\x1a\n" +
-	"\bpriority\x18\x10 \x01(\x05R\bpriority\"\xac\x01\n" +
+	"\bpriority\x18\x10 \x01(\x05R\bpriority\x122\n" +
+	"\tplacement\x18\x11 \x01(\v2\x14.muster.v1.PlacementR\tplacement\"\xac\x01\n" +
 	"\x05Image\x12(\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x14.muster.v1.ImageKindR\x04kind\x12\x10\n" +
 	"\x03ref\x18\x02 \x01(\tR\x03ref\x12\x16\n" +
@@ -836,7 +1010,16 @@ const file_muster_v1_job_proto_rawDesc = "" +
 	"\tItemRange\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\x04R\x05first\x12\x12\n" +
 	"\x04last\x18\x02 \x01(\x04R\x04last\x12\x12\n" +
-	"\x04step\x18\x03 \x01(\x04R\x04step\"\xfb\x01\n" +
+	"\x04step\x18\x03 \x01(\x04R\x04step\"k\n" +
+	"\tPlacement\x12)\n" +
+	"\x06spread\x18\x01 \x01(\x0e2\x11.muster.v1.SpreadR\x06spread\x123\n" +
+	"\n" +
+	"affinities\x18\x02 \x03(\v2\x13.muster.v1.AffinityR\n" +
+	"affinities\"V\n" +
+	"\bAffinity\x12\x1c\n" +
+	"\tattribute\x18\x01 \x01(\tR\tattribute\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\x12\x16\n" +
+	"\x06weight\x18\x03 \x01(\x05R\x06weight\"\xfb\x01\n" +
 	"\tResources\x12\x12\n" +
 	"\x04gpus\x18\x01 \x01(\rR\x04gpus\x12\x1d\n" +
 	"\n" +
@@ -865,7 +1048,11 @@ const file_muster_v1_job_proto_rawDesc = "" +
 	"\n" +
 	"OutputMode\x12\x15\n" +
 	"\x11OUTPUT_MODE_FILES\x10\x00\x12\x15\n" +
-	"\x11OUTPUT_MODE_LINES\x10\x01B*Z(github.com/musternet/muster/api/musterpbb\x06proto3"
+	"\x11OUTPUT_MODE_LINES\x10\x01*>\n" +
+	"\x06Spread\x12\x0f\n" +
+	"\vSPREAD_NONE\x10\x00\x12\x11\n" +
+	"\rSPREAD_WORKER\x10\x01\x12\x10\n" +
+	"\fSPREAD_OWNER\x10\x02B*Z(github.com/musternet/muster/api/musterpbb\x06proto3"
 
 var (
 	file_muster_v1_job_proto_rawDescOnce sync.Once
@@ -879,35 +1066,41 @@ func file_muster_v1_job_proto_rawDescGZIP() []byte {
 	return file_muster_v1_job_proto_rawDescData
 }
 
-var file_muster_v1_job_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_muster_v1_job_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_muster_v1_job_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_muster_v1_job_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_muster_v1_job_proto_goTypes = []any{
 	(ImageKind)(0),    // 0: muster.v1.ImageKind
 	(OutputMode)(0),   // 1: muster.v1.OutputMode
-	(*JobSpec)(nil),   // 2: muster.v1.JobSpec
-	(*Image)(nil),     // 3: muster.v1.Image
-	(*EnvVar)(nil),    // 4: muster.v1.EnvVar
-	(*Input)(nil),     // 5: muster.v1.Input
-	(*Items)(nil),     // 6: muster.v1.Items
-	(*ItemRange)(nil), // 7: muster.v1.ItemRange
-	(*Resources)(nil), // 8: muster.v1.Resources
-	(*Verify)(nil),    // 9: muster.v1.Verify
+	(Spread)(0),       // 2: muster.v1.Spread
+	(*JobSpec)(nil),   // 3: muster.v1.JobSpec
+	(*Image)(nil),     // 4: muster.v1.Image
+	(*EnvVar)(nil),    // 5: muster.v1.EnvVar
+	(*Input)(nil),     // 6: muster.v1.Input
+	(*Items)(nil),     // 7: muster.v1.Items
+	(*ItemRange)(nil), // 8: muster.v1.ItemRange
+	(*Placement)(nil), // 9: muster.v1.Placement
+	(*Affinity)(nil),  // 10: muster.v1.Affinity
+	(*Resources)(nil), // 11: muster.v1.Resources
+	(*Verify)(nil),    // 12: muster.v1.Verify
 }
 var file_muster_v1_job_proto_depIdxs = []int32{
-	3, // 0: muster.v1.JobSpec.image:type_name -> muster.v1.Image
-	4, // 1: muster.v1.JobSpec.env:type_name -> muster.v1.EnvVar
-	5, // 2: muster.v1.JobSpec.inputs:type_name -> muster.v1.Input
-	6, // 3: muster.v1.JobSpec.items:type_name -> muster.v1.Items
-	8, // 4: muster.v1.JobSpec.resources:type_name -> muster.v1.Resources
-	9, // 5: muster.v1.JobSpec.verify:type_name -> muster.v1.Verify
-	1, // 6: muster.v1.JobSpec.outputs:type_name -> muster.v1.OutputMode
-	0, // 7: muster.v1.Image.kind:type_name -> muster.v1.ImageKind
-	7, // 8: muster.v1.Items.ranges:type_name -> muster.v1.ItemRange
-	9, // [9:9] is the sub-list for method output_type
-	9, // [9:9] is the sub-list for method input_type
-	9, // [9:9] is the sub-list for extension type_name
-	9, // [9:9] is the sub-list for extension extendee
-	0, // [0:9] is the sub-list for field type_name
+	4,  // 0: muster.v1.JobSpec.image:type_name -> muster.v1.Image
+	5,  // 1: muster.v1.JobSpec.env:type_name -> muster.v1.EnvVar
+	6,  // 2: muster.v1.JobSpec.inputs:type_name -> muster.v1.Input
+	7,  // 3: muster.v1.JobSpec.items:type_name -> muster.v1.Items
+	11, // 4: muster.v1.JobSpec.resources:type_name -> muster.v1.Resources
+	12, // 5: muster.v1.JobSpec.verify:type_name -> muster.v1.Verify
+	1,  // 6: muster.v1.JobSpec.outputs:type_name -> muster.v1.OutputMode
+	9,  // 7: muster.v1.JobSpec.placement:type_name -> muster.v1.Placement
+	0,  // 8: muster.v1.Image.kind:type_name -> muster.v1.ImageKind
+	8,  // 9: muster.v1.Items.ranges:type_name -> muster.v1.ItemRange
+	2,  // 10: muster.v1.Placement.spread:type_name -> muster.v1.Spread
+	10, // 11: muster.v1.Placement.affinities:type_name -> muster.v1.Affinity
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_muster_v1_job_proto_init() }
@@ -920,8 +1113,8 @@ func file_muster_v1_job_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_muster_v1_job_proto_rawDesc), len(file_muster_v1_job_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   8,
+			NumEnums:      3,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

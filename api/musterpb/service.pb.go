@@ -748,6 +748,8 @@ type TaskResult struct {
 	ManifestDigest string                 `protobuf:"bytes,3,opt,name=manifest_digest,json=manifestDigest,proto3" json:"manifest_digest,omitempty"`
 	ArchiveDigest  string                 `protobuf:"bytes,4,opt,name=archive_digest,json=archiveDigest,proto3" json:"archive_digest,omitempty"`
 	Verified       bool                   `protobuf:"varint,5,opt,name=verified,proto3" json:"verified,omitempty"`
+	Stored         *Stored                `protobuf:"bytes,6,opt,name=stored,proto3" json:"stored,omitempty"` // set: both lie in a bundle
+	ArchiveBytes   int64                  `protobuf:"varint,7,opt,name=archive_bytes,json=archiveBytes,proto3" json:"archive_bytes,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -815,6 +817,20 @@ func (x *TaskResult) GetVerified() bool {
 		return x.Verified
 	}
 	return false
+}
+
+func (x *TaskResult) GetStored() *Stored {
+	if x != nil {
+		return x.Stored
+	}
+	return nil
+}
+
+func (x *TaskResult) GetArchiveBytes() int64 {
+	if x != nil {
+		return x.ArchiveBytes
+	}
+	return 0
 }
 
 type GetLogsRequest struct {
@@ -1646,6 +1662,95 @@ func (x *DepositResponse) GetBalanceMicroUsd() int64 {
 	return 0
 }
 
+// DepositManyRequest takes all deposits or none.
+type DepositManyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Deposits      []*Deposit             `protobuf:"bytes,2,rep,name=deposits,proto3" json:"deposits,omitempty"` // at most 8192
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DepositManyRequest) Reset() {
+	*x = DepositManyRequest{}
+	mi := &file_muster_v1_service_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DepositManyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DepositManyRequest) ProtoMessage() {}
+
+func (x *DepositManyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_service_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DepositManyRequest.ProtoReflect.Descriptor instead.
+func (*DepositManyRequest) Descriptor() ([]byte, []int) {
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *DepositManyRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DepositManyRequest) GetDeposits() []*Deposit {
+	if x != nil {
+		return x.Deposits
+	}
+	return nil
+}
+
+type DepositManyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DepositManyResponse) Reset() {
+	*x = DepositManyResponse{}
+	mi := &file_muster_v1_service_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DepositManyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DepositManyResponse) ProtoMessage() {}
+
+func (x *DepositManyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_service_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DepositManyResponse.ProtoReflect.Descriptor instead.
+func (*DepositManyResponse) Descriptor() ([]byte, []int) {
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{31}
+}
+
 type ListTransfersRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Account       string                 `protobuf:"bytes,1,opt,name=account,proto3" json:"account,omitempty"` // empty: the key's own
@@ -1657,7 +1762,7 @@ type ListTransfersRequest struct {
 
 func (x *ListTransfersRequest) Reset() {
 	*x = ListTransfersRequest{}
-	mi := &file_muster_v1_service_proto_msgTypes[30]
+	mi := &file_muster_v1_service_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1669,7 +1774,7 @@ func (x *ListTransfersRequest) String() string {
 func (*ListTransfersRequest) ProtoMessage() {}
 
 func (x *ListTransfersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[30]
+	mi := &file_muster_v1_service_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1682,7 +1787,7 @@ func (x *ListTransfersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTransfersRequest.ProtoReflect.Descriptor instead.
 func (*ListTransfersRequest) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{30}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListTransfersRequest) GetAccount() string {
@@ -1716,7 +1821,7 @@ type ListTransfersResponse struct {
 
 func (x *ListTransfersResponse) Reset() {
 	*x = ListTransfersResponse{}
-	mi := &file_muster_v1_service_proto_msgTypes[31]
+	mi := &file_muster_v1_service_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1728,7 +1833,7 @@ func (x *ListTransfersResponse) String() string {
 func (*ListTransfersResponse) ProtoMessage() {}
 
 func (x *ListTransfersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[31]
+	mi := &file_muster_v1_service_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1741,7 +1846,7 @@ func (x *ListTransfersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTransfersResponse.ProtoReflect.Descriptor instead.
 func (*ListTransfersResponse) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{31}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListTransfersResponse) GetTransfers() []*Transfer {
@@ -1766,7 +1871,7 @@ type ClusterStatusRequest struct {
 
 func (x *ClusterStatusRequest) Reset() {
 	*x = ClusterStatusRequest{}
-	mi := &file_muster_v1_service_proto_msgTypes[32]
+	mi := &file_muster_v1_service_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1778,7 +1883,7 @@ func (x *ClusterStatusRequest) String() string {
 func (*ClusterStatusRequest) ProtoMessage() {}
 
 func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[32]
+	mi := &file_muster_v1_service_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1791,7 +1896,7 @@ func (x *ClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*ClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{32}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{34}
 }
 
 type ClusterStatusResponse struct {
@@ -1814,7 +1919,7 @@ type ClusterStatusResponse struct {
 
 func (x *ClusterStatusResponse) Reset() {
 	*x = ClusterStatusResponse{}
-	mi := &file_muster_v1_service_proto_msgTypes[33]
+	mi := &file_muster_v1_service_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1826,7 +1931,7 @@ func (x *ClusterStatusResponse) String() string {
 func (*ClusterStatusResponse) ProtoMessage() {}
 
 func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[33]
+	mi := &file_muster_v1_service_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1839,7 +1944,7 @@ func (x *ClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*ClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{33}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ClusterStatusResponse) GetCluster() string {
@@ -1940,7 +2045,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_muster_v1_service_proto_msgTypes[34]
+	mi := &file_muster_v1_service_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1952,7 +2057,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[34]
+	mi := &file_muster_v1_service_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1965,7 +2070,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{34}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NodeStatus) GetId() string {
@@ -2017,9 +2122,7 @@ type WorkerMessage struct {
 	//	*WorkerMessage_Hello
 	//	*WorkerMessage_Proof
 	//	*WorkerMessage_Heartbeat
-	//	*WorkerMessage_Started
-	//	*WorkerMessage_Commit
-	//	*WorkerMessage_Failed
+	//	*WorkerMessage_Reports
 	Message       isWorkerMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2027,7 +2130,7 @@ type WorkerMessage struct {
 
 func (x *WorkerMessage) Reset() {
 	*x = WorkerMessage{}
-	mi := &file_muster_v1_service_proto_msgTypes[35]
+	mi := &file_muster_v1_service_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2039,7 +2142,7 @@ func (x *WorkerMessage) String() string {
 func (*WorkerMessage) ProtoMessage() {}
 
 func (x *WorkerMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[35]
+	mi := &file_muster_v1_service_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2052,7 +2155,7 @@ func (x *WorkerMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkerMessage.ProtoReflect.Descriptor instead.
 func (*WorkerMessage) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{35}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *WorkerMessage) GetMessage() isWorkerMessage_Message {
@@ -2089,28 +2192,10 @@ func (x *WorkerMessage) GetHeartbeat() *Heartbeat {
 	return nil
 }
 
-func (x *WorkerMessage) GetStarted() *AttemptStarted {
+func (x *WorkerMessage) GetReports() *Reports {
 	if x != nil {
-		if x, ok := x.Message.(*WorkerMessage_Started); ok {
-			return x.Started
-		}
-	}
-	return nil
-}
-
-func (x *WorkerMessage) GetCommit() *Commit {
-	if x != nil {
-		if x, ok := x.Message.(*WorkerMessage_Commit); ok {
-			return x.Commit
-		}
-	}
-	return nil
-}
-
-func (x *WorkerMessage) GetFailed() *AttemptFailed {
-	if x != nil {
-		if x, ok := x.Message.(*WorkerMessage_Failed); ok {
-			return x.Failed
+		if x, ok := x.Message.(*WorkerMessage_Reports); ok {
+			return x.Reports
 		}
 	}
 	return nil
@@ -2132,16 +2217,8 @@ type WorkerMessage_Heartbeat struct {
 	Heartbeat *Heartbeat `protobuf:"bytes,3,opt,name=heartbeat,proto3,oneof"`
 }
 
-type WorkerMessage_Started struct {
-	Started *AttemptStarted `protobuf:"bytes,4,opt,name=started,proto3,oneof"`
-}
-
-type WorkerMessage_Commit struct {
-	Commit *Commit `protobuf:"bytes,5,opt,name=commit,proto3,oneof"`
-}
-
-type WorkerMessage_Failed struct {
-	Failed *AttemptFailed `protobuf:"bytes,6,opt,name=failed,proto3,oneof"`
+type WorkerMessage_Reports struct {
+	Reports *Reports `protobuf:"bytes,4,opt,name=reports,proto3,oneof"`
 }
 
 func (*WorkerMessage_Hello) isWorkerMessage_Message() {}
@@ -2150,11 +2227,78 @@ func (*WorkerMessage_Proof) isWorkerMessage_Message() {}
 
 func (*WorkerMessage_Heartbeat) isWorkerMessage_Message() {}
 
-func (*WorkerMessage_Started) isWorkerMessage_Message() {}
+func (*WorkerMessage_Reports) isWorkerMessage_Message() {}
 
-func (*WorkerMessage_Commit) isWorkerMessage_Message() {}
+// Reports is what a worker has to say of its attempts, as much as there is.
+type Reports struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Started []string               `protobuf:"bytes,1,rep,name=started,proto3" json:"started,omitempty"` // attempts that began
+	Commits []*Commit              `protobuf:"bytes,2,rep,name=commits,proto3" json:"commits,omitempty"` // one signature covers those that are sent together
+	Failed  []*AttemptFailed       `protobuf:"bytes,3,rep,name=failed,proto3" json:"failed,omitempty"`
+	// Small manifests and outputs that the commits name. Others are uploaded
+	// before their commit is sent.
+	Blobs         [][]byte `protobuf:"bytes,4,rep,name=blobs,proto3" json:"blobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
 
-func (*WorkerMessage_Failed) isWorkerMessage_Message() {}
+func (x *Reports) Reset() {
+	*x = Reports{}
+	mi := &file_muster_v1_service_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Reports) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Reports) ProtoMessage() {}
+
+func (x *Reports) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_service_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Reports.ProtoReflect.Descriptor instead.
+func (*Reports) Descriptor() ([]byte, []int) {
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *Reports) GetStarted() []string {
+	if x != nil {
+		return x.Started
+	}
+	return nil
+}
+
+func (x *Reports) GetCommits() []*Commit {
+	if x != nil {
+		return x.Commits
+	}
+	return nil
+}
+
+func (x *Reports) GetFailed() []*AttemptFailed {
+	if x != nil {
+		return x.Failed
+	}
+	return nil
+}
+
+func (x *Reports) GetBlobs() [][]byte {
+	if x != nil {
+		return x.Blobs
+	}
+	return nil
+}
 
 type WorkerHello struct {
 	state                protoimpl.MessageState `protogen:"open.v1"`
@@ -2169,7 +2313,7 @@ type WorkerHello struct {
 
 func (x *WorkerHello) Reset() {
 	*x = WorkerHello{}
-	mi := &file_muster_v1_service_proto_msgTypes[36]
+	mi := &file_muster_v1_service_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2181,7 +2325,7 @@ func (x *WorkerHello) String() string {
 func (*WorkerHello) ProtoMessage() {}
 
 func (x *WorkerHello) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[36]
+	mi := &file_muster_v1_service_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2194,7 +2338,7 @@ func (x *WorkerHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkerHello.ProtoReflect.Descriptor instead.
 func (*WorkerHello) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{36}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *WorkerHello) GetPublicKey() []byte {
@@ -2244,7 +2388,7 @@ type WorkerProof struct {
 
 func (x *WorkerProof) Reset() {
 	*x = WorkerProof{}
-	mi := &file_muster_v1_service_proto_msgTypes[37]
+	mi := &file_muster_v1_service_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2256,7 +2400,7 @@ func (x *WorkerProof) String() string {
 func (*WorkerProof) ProtoMessage() {}
 
 func (x *WorkerProof) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[37]
+	mi := &file_muster_v1_service_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2269,7 +2413,7 @@ func (x *WorkerProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkerProof.ProtoReflect.Descriptor instead.
 func (*WorkerProof) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{37}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *WorkerProof) GetSignature() []byte {
@@ -2298,7 +2442,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_muster_v1_service_proto_msgTypes[38]
+	mi := &file_muster_v1_service_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2310,7 +2454,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[38]
+	mi := &file_muster_v1_service_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2323,7 +2467,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{38}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *Heartbeat) GetRunning() []string {
@@ -2364,7 +2508,7 @@ type LogTail struct {
 
 func (x *LogTail) Reset() {
 	*x = LogTail{}
-	mi := &file_muster_v1_service_proto_msgTypes[39]
+	mi := &file_muster_v1_service_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2376,7 +2520,7 @@ func (x *LogTail) String() string {
 func (*LogTail) ProtoMessage() {}
 
 func (x *LogTail) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[39]
+	mi := &file_muster_v1_service_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2389,7 +2533,7 @@ func (x *LogTail) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogTail.ProtoReflect.Descriptor instead.
 func (*LogTail) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{39}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *LogTail) GetAttempt() string {
@@ -2406,50 +2550,6 @@ func (x *LogTail) GetData() []byte {
 	return nil
 }
 
-type AttemptStarted struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Attempt       string                 `protobuf:"bytes,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *AttemptStarted) Reset() {
-	*x = AttemptStarted{}
-	mi := &file_muster_v1_service_proto_msgTypes[40]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *AttemptStarted) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*AttemptStarted) ProtoMessage() {}
-
-func (x *AttemptStarted) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[40]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use AttemptStarted.ProtoReflect.Descriptor instead.
-func (*AttemptStarted) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{40}
-}
-
-func (x *AttemptStarted) GetAttempt() string {
-	if x != nil {
-		return x.Attempt
-	}
-	return ""
-}
-
 type AttemptFailed struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Attempt       string                 `protobuf:"bytes,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
@@ -2464,7 +2564,7 @@ type AttemptFailed struct {
 
 func (x *AttemptFailed) Reset() {
 	*x = AttemptFailed{}
-	mi := &file_muster_v1_service_proto_msgTypes[41]
+	mi := &file_muster_v1_service_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2476,7 +2576,7 @@ func (x *AttemptFailed) String() string {
 func (*AttemptFailed) ProtoMessage() {}
 
 func (x *AttemptFailed) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[41]
+	mi := &file_muster_v1_service_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2489,7 +2589,7 @@ func (x *AttemptFailed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptFailed.ProtoReflect.Descriptor instead.
 func (*AttemptFailed) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{41}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *AttemptFailed) GetAttempt() string {
@@ -2540,9 +2640,7 @@ type SchedulerMessage struct {
 	//
 	//	*SchedulerMessage_Challenge
 	//	*SchedulerMessage_Welcome
-	//	*SchedulerMessage_Assign
-	//	*SchedulerMessage_Stop
-	//	*SchedulerMessage_Outcome
+	//	*SchedulerMessage_Orders
 	Message       isSchedulerMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2550,7 +2648,7 @@ type SchedulerMessage struct {
 
 func (x *SchedulerMessage) Reset() {
 	*x = SchedulerMessage{}
-	mi := &file_muster_v1_service_proto_msgTypes[42]
+	mi := &file_muster_v1_service_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2562,7 +2660,7 @@ func (x *SchedulerMessage) String() string {
 func (*SchedulerMessage) ProtoMessage() {}
 
 func (x *SchedulerMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[42]
+	mi := &file_muster_v1_service_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2575,7 +2673,7 @@ func (x *SchedulerMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SchedulerMessage.ProtoReflect.Descriptor instead.
 func (*SchedulerMessage) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{42}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *SchedulerMessage) GetMessage() isSchedulerMessage_Message {
@@ -2603,28 +2701,10 @@ func (x *SchedulerMessage) GetWelcome() *Welcome {
 	return nil
 }
 
-func (x *SchedulerMessage) GetAssign() *Assignment {
+func (x *SchedulerMessage) GetOrders() *Orders {
 	if x != nil {
-		if x, ok := x.Message.(*SchedulerMessage_Assign); ok {
-			return x.Assign
-		}
-	}
-	return nil
-}
-
-func (x *SchedulerMessage) GetStop() *Stop {
-	if x != nil {
-		if x, ok := x.Message.(*SchedulerMessage_Stop); ok {
-			return x.Stop
-		}
-	}
-	return nil
-}
-
-func (x *SchedulerMessage) GetOutcome() *Outcome {
-	if x != nil {
-		if x, ok := x.Message.(*SchedulerMessage_Outcome); ok {
-			return x.Outcome
+		if x, ok := x.Message.(*SchedulerMessage_Orders); ok {
+			return x.Orders
 		}
 	}
 	return nil
@@ -2642,27 +2722,76 @@ type SchedulerMessage_Welcome struct {
 	Welcome *Welcome `protobuf:"bytes,2,opt,name=welcome,proto3,oneof"`
 }
 
-type SchedulerMessage_Assign struct {
-	Assign *Assignment `protobuf:"bytes,3,opt,name=assign,proto3,oneof"`
-}
-
-type SchedulerMessage_Stop struct {
-	Stop *Stop `protobuf:"bytes,4,opt,name=stop,proto3,oneof"`
-}
-
-type SchedulerMessage_Outcome struct {
-	Outcome *Outcome `protobuf:"bytes,5,opt,name=outcome,proto3,oneof"`
+type SchedulerMessage_Orders struct {
+	Orders *Orders `protobuf:"bytes,3,opt,name=orders,proto3,oneof"`
 }
 
 func (*SchedulerMessage_Challenge) isSchedulerMessage_Message() {}
 
 func (*SchedulerMessage_Welcome) isSchedulerMessage_Message() {}
 
-func (*SchedulerMessage_Assign) isSchedulerMessage_Message() {}
+func (*SchedulerMessage_Orders) isSchedulerMessage_Message() {}
 
-func (*SchedulerMessage_Stop) isSchedulerMessage_Message() {}
+// Orders is what the leader has to say to a worker, as much as there is.
+type Orders struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Assign        []*Assignment          `protobuf:"bytes,1,rep,name=assign,proto3" json:"assign,omitempty"`
+	Stop          []*Stop                `protobuf:"bytes,2,rep,name=stop,proto3" json:"stop,omitempty"`
+	Outcomes      []*Outcome             `protobuf:"bytes,3,rep,name=outcomes,proto3" json:"outcomes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
 
-func (*SchedulerMessage_Outcome) isSchedulerMessage_Message() {}
+func (x *Orders) Reset() {
+	*x = Orders{}
+	mi := &file_muster_v1_service_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Orders) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Orders) ProtoMessage() {}
+
+func (x *Orders) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_service_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Orders.ProtoReflect.Descriptor instead.
+func (*Orders) Descriptor() ([]byte, []int) {
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *Orders) GetAssign() []*Assignment {
+	if x != nil {
+		return x.Assign
+	}
+	return nil
+}
+
+func (x *Orders) GetStop() []*Stop {
+	if x != nil {
+		return x.Stop
+	}
+	return nil
+}
+
+func (x *Orders) GetOutcomes() []*Outcome {
+	if x != nil {
+		return x.Outcomes
+	}
+	return nil
+}
 
 type Challenge struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2673,7 +2802,7 @@ type Challenge struct {
 
 func (x *Challenge) Reset() {
 	*x = Challenge{}
-	mi := &file_muster_v1_service_proto_msgTypes[43]
+	mi := &file_muster_v1_service_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2685,7 +2814,7 @@ func (x *Challenge) String() string {
 func (*Challenge) ProtoMessage() {}
 
 func (x *Challenge) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[43]
+	mi := &file_muster_v1_service_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2698,7 +2827,7 @@ func (x *Challenge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Challenge.ProtoReflect.Descriptor instead.
 func (*Challenge) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{43}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Challenge) GetNonce() []byte {
@@ -2722,7 +2851,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_muster_v1_service_proto_msgTypes[44]
+	mi := &file_muster_v1_service_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2734,7 +2863,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[44]
+	mi := &file_muster_v1_service_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2747,7 +2876,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{44}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Welcome) GetWorker() string {
@@ -2809,13 +2938,17 @@ type Assignment struct {
 	Outputs              OutputMode             `protobuf:"varint,11,opt,name=outputs,proto3,enum=muster.v1.OutputMode" json:"outputs,omitempty"`
 	Network              bool                   `protobuf:"varint,12,opt,name=network,proto3" json:"network,omitempty"`
 	PriceMicroUsdPerHour int64                  `protobuf:"varint,13,opt,name=price_micro_usd_per_hour,json=priceMicroUsdPerHour,proto3" json:"price_micro_usd_per_hour,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// 1 + the position, in the same message, of an assignment that this one
+	// equals in all but its attempt, indexes, devices and price. Those alone are
+	// set then.
+	Like          uint32 `protobuf:"varint,14,opt,name=like,proto3" json:"like,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Assignment) Reset() {
 	*x = Assignment{}
-	mi := &file_muster_v1_service_proto_msgTypes[45]
+	mi := &file_muster_v1_service_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2827,7 +2960,7 @@ func (x *Assignment) String() string {
 func (*Assignment) ProtoMessage() {}
 
 func (x *Assignment) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[45]
+	mi := &file_muster_v1_service_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2840,7 +2973,7 @@ func (x *Assignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Assignment.ProtoReflect.Descriptor instead.
 func (*Assignment) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{45}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Assignment) GetAttempt() string {
@@ -2934,6 +3067,13 @@ func (x *Assignment) GetPriceMicroUsdPerHour() int64 {
 	return 0
 }
 
+func (x *Assignment) GetLike() uint32 {
+	if x != nil {
+		return x.Like
+	}
+	return 0
+}
+
 type Stop struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Attempt       string                 `protobuf:"bytes,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
@@ -2944,7 +3084,7 @@ type Stop struct {
 
 func (x *Stop) Reset() {
 	*x = Stop{}
-	mi := &file_muster_v1_service_proto_msgTypes[46]
+	mi := &file_muster_v1_service_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2956,7 +3096,7 @@ func (x *Stop) String() string {
 func (*Stop) ProtoMessage() {}
 
 func (x *Stop) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[46]
+	mi := &file_muster_v1_service_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2969,7 +3109,7 @@ func (x *Stop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stop.ProtoReflect.Descriptor instead.
 func (*Stop) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{46}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Stop) GetAttempt() string {
@@ -2998,7 +3138,7 @@ type Outcome struct {
 
 func (x *Outcome) Reset() {
 	*x = Outcome{}
-	mi := &file_muster_v1_service_proto_msgTypes[47]
+	mi := &file_muster_v1_service_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3010,7 +3150,7 @@ func (x *Outcome) String() string {
 func (*Outcome) ProtoMessage() {}
 
 func (x *Outcome) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[47]
+	mi := &file_muster_v1_service_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3023,7 +3163,7 @@ func (x *Outcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Outcome.ProtoReflect.Descriptor instead.
 func (*Outcome) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{47}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Outcome) GetAttempt() string {
@@ -3057,7 +3197,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_muster_v1_service_proto_msgTypes[48]
+	mi := &file_muster_v1_service_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3069,7 +3209,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[48]
+	mi := &file_muster_v1_service_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3082,7 +3222,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{48}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *JoinRequest) GetNode() *Node {
@@ -3108,7 +3248,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_muster_v1_service_proto_msgTypes[49]
+	mi := &file_muster_v1_service_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3120,7 +3260,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[49]
+	mi := &file_muster_v1_service_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3133,7 +3273,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{49}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *JoinResponse) GetCluster() string {
@@ -3154,7 +3294,7 @@ type ProposeRequest struct {
 
 func (x *ProposeRequest) Reset() {
 	*x = ProposeRequest{}
-	mi := &file_muster_v1_service_proto_msgTypes[50]
+	mi := &file_muster_v1_service_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3166,7 +3306,7 @@ func (x *ProposeRequest) String() string {
 func (*ProposeRequest) ProtoMessage() {}
 
 func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[50]
+	mi := &file_muster_v1_service_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3179,7 +3319,7 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
 func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{50}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ProposeRequest) GetNode() string {
@@ -3212,7 +3352,7 @@ type ProposeResponse struct {
 
 func (x *ProposeResponse) Reset() {
 	*x = ProposeResponse{}
-	mi := &file_muster_v1_service_proto_msgTypes[51]
+	mi := &file_muster_v1_service_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3224,7 +3364,7 @@ func (x *ProposeResponse) String() string {
 func (*ProposeResponse) ProtoMessage() {}
 
 func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_service_proto_msgTypes[51]
+	mi := &file_muster_v1_service_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3237,7 +3377,7 @@ func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
 func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_muster_v1_service_proto_rawDescGZIP(), []int{51}
+	return file_muster_v1_service_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ProposeResponse) GetAnswer() *Answer {
@@ -3293,14 +3433,16 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"after_task\x18\x03 \x01(\rR\tafterTask\"b\n" +
 	"\x12GetResultsResponse\x12/\n" +
 	"\aresults\x18\x01 \x03(\v2\x15.muster.v1.TaskResultR\aresults\x12\x1b\n" +
-	"\tnext_task\x18\x02 \x01(\rR\bnextTask\"\xa6\x01\n" +
+	"\tnext_task\x18\x02 \x01(\rR\bnextTask\"\xf6\x01\n" +
 	"\n" +
 	"TaskResult\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\rR\x04task\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\tR\aattempt\x12'\n" +
 	"\x0fmanifest_digest\x18\x03 \x01(\tR\x0emanifestDigest\x12%\n" +
 	"\x0earchive_digest\x18\x04 \x01(\tR\rarchiveDigest\x12\x1a\n" +
-	"\bverified\x18\x05 \x01(\bR\bverified\"<\n" +
+	"\bverified\x18\x05 \x01(\bR\bverified\x12)\n" +
+	"\x06stored\x18\x06 \x01(\v2\x11.muster.v1.StoredR\x06stored\x12#\n" +
+	"\rarchive_bytes\x18\a \x01(\x03R\farchiveBytes\"<\n" +
 	"\x0eGetLogsRequest\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x18\n" +
 	"\aattempt\x18\x02 \x01(\tR\aattempt\"<\n" +
@@ -3353,7 +3495,11 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x10amount_micro_usd\x18\x03 \x01(\x03R\x0eamountMicroUsd\x12\x12\n" +
 	"\x04memo\x18\x04 \x01(\tR\x04memo\"=\n" +
 	"\x0fDepositResponse\x12*\n" +
-	"\x11balance_micro_usd\x18\x01 \x01(\x03R\x0fbalanceMicroUsd\"X\n" +
+	"\x11balance_micro_usd\x18\x01 \x01(\x03R\x0fbalanceMicroUsd\"T\n" +
+	"\x12DepositManyRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
+	"\bdeposits\x18\x02 \x03(\v2\x12.muster.v1.DepositR\bdeposits\"\x15\n" +
+	"\x13DepositManyResponse\"X\n" +
 	"\x14ListTransfersRequest\x12\x18\n" +
 	"\aaccount\x18\x01 \x01(\tR\aaccount\x12\x10\n" +
 	"\x03all\x18\x02 \x01(\bR\x03all\x12\x14\n" +
@@ -3387,15 +3533,18 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\fraft_address\x18\x03 \x01(\tR\vraftAddress\x12\x16\n" +
 	"\x06leader\x18\x04 \x01(\bR\x06leader\x12!\n" +
 	"\fin_committee\x18\x05 \x01(\bR\vinCommittee\x12\x12\n" +
-	"\x04note\x18\x06 \x01(\tR\x04note\"\xc8\x02\n" +
+	"\x04note\x18\x06 \x01(\tR\x04note\"\xe0\x01\n" +
 	"\rWorkerMessage\x12.\n" +
 	"\x05hello\x18\x01 \x01(\v2\x16.muster.v1.WorkerHelloH\x00R\x05hello\x12.\n" +
 	"\x05proof\x18\x02 \x01(\v2\x16.muster.v1.WorkerProofH\x00R\x05proof\x124\n" +
-	"\theartbeat\x18\x03 \x01(\v2\x14.muster.v1.HeartbeatH\x00R\theartbeat\x125\n" +
-	"\astarted\x18\x04 \x01(\v2\x19.muster.v1.AttemptStartedH\x00R\astarted\x12+\n" +
-	"\x06commit\x18\x05 \x01(\v2\x11.muster.v1.CommitH\x00R\x06commit\x122\n" +
-	"\x06failed\x18\x06 \x01(\v2\x18.muster.v1.AttemptFailedH\x00R\x06failedB\t\n" +
-	"\amessage\"\xce\x01\n" +
+	"\theartbeat\x18\x03 \x01(\v2\x14.muster.v1.HeartbeatH\x00R\theartbeat\x12.\n" +
+	"\areports\x18\x04 \x01(\v2\x12.muster.v1.ReportsH\x00R\areportsB\t\n" +
+	"\amessage\"\x98\x01\n" +
+	"\aReports\x12\x18\n" +
+	"\astarted\x18\x01 \x03(\tR\astarted\x12+\n" +
+	"\acommits\x18\x02 \x03(\v2\x11.muster.v1.CommitR\acommits\x120\n" +
+	"\x06failed\x18\x03 \x03(\v2\x18.muster.v1.AttemptFailedR\x06failed\x12\x14\n" +
+	"\x05blobs\x18\x04 \x03(\fR\x05blobs\"\xce\x01\n" +
 	"\vWorkerHello\x12\x1d\n" +
 	"\n" +
 	"public_key\x18\x01 \x01(\fR\tpublicKey\x12\x12\n" +
@@ -3413,9 +3562,7 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x04full\x18\x04 \x01(\bR\x04full\"7\n" +
 	"\aLogTail\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12\x12\n" +
-	"\x04data\x18\x02 \x01(\fR\x04data\"*\n" +
-	"\x0eAttemptStarted\x12\x18\n" +
-	"\aattempt\x18\x01 \x01(\tR\aattempt\"\xc3\x01\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"\xc3\x01\n" +
 	"\rAttemptFailed\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12&\n" +
@@ -3423,14 +3570,16 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\texit_code\x18\x04 \x01(\x05R\bexitCode\x12\x1d\n" +
 	"\n" +
 	"log_digest\x18\x05 \x01(\tR\tlogDigest\x12\x1c\n" +
-	"\tcancelled\x18\x06 \x01(\bR\tcancelled\"\x8b\x02\n" +
+	"\tcancelled\x18\x06 \x01(\bR\tcancelled\"\xb0\x01\n" +
 	"\x10SchedulerMessage\x124\n" +
 	"\tchallenge\x18\x01 \x01(\v2\x14.muster.v1.ChallengeH\x00R\tchallenge\x12.\n" +
-	"\awelcome\x18\x02 \x01(\v2\x12.muster.v1.WelcomeH\x00R\awelcome\x12/\n" +
-	"\x06assign\x18\x03 \x01(\v2\x15.muster.v1.AssignmentH\x00R\x06assign\x12%\n" +
-	"\x04stop\x18\x04 \x01(\v2\x0f.muster.v1.StopH\x00R\x04stop\x12.\n" +
-	"\aoutcome\x18\x05 \x01(\v2\x12.muster.v1.OutcomeH\x00R\aoutcomeB\t\n" +
-	"\amessage\"!\n" +
+	"\awelcome\x18\x02 \x01(\v2\x12.muster.v1.WelcomeH\x00R\awelcome\x12+\n" +
+	"\x06orders\x18\x03 \x01(\v2\x11.muster.v1.OrdersH\x00R\x06ordersB\t\n" +
+	"\amessage\"\x8c\x01\n" +
+	"\x06Orders\x12-\n" +
+	"\x06assign\x18\x01 \x03(\v2\x15.muster.v1.AssignmentR\x06assign\x12#\n" +
+	"\x04stop\x18\x02 \x03(\v2\x0f.muster.v1.StopR\x04stop\x12.\n" +
+	"\boutcomes\x18\x03 \x03(\v2\x12.muster.v1.OutcomeR\boutcomes\"!\n" +
 	"\tChallenge\x12\x14\n" +
 	"\x05nonce\x18\x01 \x01(\fR\x05nonce\"\xae\x01\n" +
 	"\aWelcome\x12\x16\n" +
@@ -3442,7 +3591,7 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x04stop\x18\x05 \x03(\tR\x04stop\x12\x1e\n" +
 	"\n" +
 	"schedulers\x18\x06 \x03(\tR\n" +
-	"schedulers\"\xe9\x03\n" +
+	"schedulers\"\xfd\x03\n" +
 	"\n" +
 	"Assignment\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12&\n" +
@@ -3459,7 +3608,8 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	" \x01(\x03R\ttimeoutMs\x12/\n" +
 	"\aoutputs\x18\v \x01(\x0e2\x15.muster.v1.OutputModeR\aoutputs\x12\x18\n" +
 	"\anetwork\x18\f \x01(\bR\anetwork\x126\n" +
-	"\x18price_micro_usd_per_hour\x18\r \x01(\x03R\x14priceMicroUsdPerHour\"8\n" +
+	"\x18price_micro_usd_per_hour\x18\r \x01(\x03R\x14priceMicroUsdPerHour\x12\x12\n" +
+	"\x04like\x18\x0e \x01(\rR\x04like\"8\n" +
 	"\x04Stop\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"W\n" +
@@ -3477,7 +3627,8 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\acommand\x18\x02 \x01(\v2\x12.muster.v1.CommandR\acommand\x12\x1c\n" +
 	"\tsignature\x18\x03 \x01(\fR\tsignature\"<\n" +
 	"\x0fProposeResponse\x12)\n" +
-	"\x06answer\x18\x01 \x01(\v2\x11.muster.v1.AnswerR\x06answer2\xba\t\n" +
+	"\x06answer\x18\x01 \x01(\v2\x11.muster.v1.AnswerR\x06answer2\x8a\n" +
+	"\n" +
 	"\x06Muster\x12H\n" +
 	"\tSubmitJob\x12\x1b.muster.v1.SubmitJobRequest\x1a\x1c.muster.v1.SubmitJobResponse\"\x00\x12?\n" +
 	"\x06GetJob\x12\x18.muster.v1.GetJobRequest\x1a\x19.muster.v1.GetJobResponse\"\x00\x12E\n" +
@@ -3495,7 +3646,8 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\rCreateAccount\x12\x1f.muster.v1.CreateAccountRequest\x1a .muster.v1.CreateAccountResponse\"\x00\x12K\n" +
 	"\n" +
 	"GetAccount\x12\x1c.muster.v1.GetAccountRequest\x1a\x1d.muster.v1.GetAccountResponse\"\x00\x12B\n" +
-	"\aDeposit\x12\x19.muster.v1.DepositRequest\x1a\x1a.muster.v1.DepositResponse\"\x00\x12T\n" +
+	"\aDeposit\x12\x19.muster.v1.DepositRequest\x1a\x1a.muster.v1.DepositResponse\"\x00\x12N\n" +
+	"\vDepositMany\x12\x1d.muster.v1.DepositManyRequest\x1a\x1e.muster.v1.DepositManyResponse\"\x00\x12T\n" +
 	"\rListTransfers\x12\x1f.muster.v1.ListTransfersRequest\x1a .muster.v1.ListTransfersResponse\"\x00\x12T\n" +
 	"\rClusterStatus\x12\x1f.muster.v1.ClusterStatusRequest\x1a .muster.v1.ClusterStatusResponse\"\x002R\n" +
 	"\bSessions\x12F\n" +
@@ -3516,7 +3668,7 @@ func file_muster_v1_service_proto_rawDescGZIP() []byte {
 	return file_muster_v1_service_proto_rawDescData
 }
 
-var file_muster_v1_service_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
+var file_muster_v1_service_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_muster_v1_service_proto_goTypes = []any{
 	(*SubmitJobRequest)(nil),      // 0: muster.v1.SubmitJobRequest
 	(*SubmitJobResponse)(nil),     // 1: muster.v1.SubmitJobResponse
@@ -3548,133 +3700,143 @@ var file_muster_v1_service_proto_goTypes = []any{
 	(*Balance)(nil),               // 27: muster.v1.Balance
 	(*DepositRequest)(nil),        // 28: muster.v1.DepositRequest
 	(*DepositResponse)(nil),       // 29: muster.v1.DepositResponse
-	(*ListTransfersRequest)(nil),  // 30: muster.v1.ListTransfersRequest
-	(*ListTransfersResponse)(nil), // 31: muster.v1.ListTransfersResponse
-	(*ClusterStatusRequest)(nil),  // 32: muster.v1.ClusterStatusRequest
-	(*ClusterStatusResponse)(nil), // 33: muster.v1.ClusterStatusResponse
-	(*NodeStatus)(nil),            // 34: muster.v1.NodeStatus
-	(*WorkerMessage)(nil),         // 35: muster.v1.WorkerMessage
-	(*WorkerHello)(nil),           // 36: muster.v1.WorkerHello
-	(*WorkerProof)(nil),           // 37: muster.v1.WorkerProof
-	(*Heartbeat)(nil),             // 38: muster.v1.Heartbeat
-	(*LogTail)(nil),               // 39: muster.v1.LogTail
-	(*AttemptStarted)(nil),        // 40: muster.v1.AttemptStarted
-	(*AttemptFailed)(nil),         // 41: muster.v1.AttemptFailed
-	(*SchedulerMessage)(nil),      // 42: muster.v1.SchedulerMessage
-	(*Challenge)(nil),             // 43: muster.v1.Challenge
-	(*Welcome)(nil),               // 44: muster.v1.Welcome
-	(*Assignment)(nil),            // 45: muster.v1.Assignment
-	(*Stop)(nil),                  // 46: muster.v1.Stop
-	(*Outcome)(nil),               // 47: muster.v1.Outcome
-	(*JoinRequest)(nil),           // 48: muster.v1.JoinRequest
-	(*JoinResponse)(nil),          // 49: muster.v1.JoinResponse
-	(*ProposeRequest)(nil),        // 50: muster.v1.ProposeRequest
-	(*ProposeResponse)(nil),       // 51: muster.v1.ProposeResponse
-	(*JobSpec)(nil),               // 52: muster.v1.JobSpec
-	(*Job)(nil),                   // 53: muster.v1.Job
-	(*Attempt)(nil),               // 54: muster.v1.Attempt
-	(*Check)(nil),                 // 55: muster.v1.Check
-	(AttemptState)(0),             // 56: muster.v1.AttemptState
-	(*Worker)(nil),                // 57: muster.v1.Worker
-	(*Record)(nil),                // 58: muster.v1.Record
-	(Role)(0),                     // 59: muster.v1.Role
-	(*Transfer)(nil),              // 60: muster.v1.Transfer
-	(*Commit)(nil),                // 61: muster.v1.Commit
-	(*Capacity)(nil),              // 62: muster.v1.Capacity
-	(Blame)(0),                    // 63: muster.v1.Blame
-	(*Image)(nil),                 // 64: muster.v1.Image
-	(*EnvVar)(nil),                // 65: muster.v1.EnvVar
-	(*Input)(nil),                 // 66: muster.v1.Input
-	(*Items)(nil),                 // 67: muster.v1.Items
-	(*Resources)(nil),             // 68: muster.v1.Resources
-	(OutputMode)(0),               // 69: muster.v1.OutputMode
-	(*Node)(nil),                  // 70: muster.v1.Node
-	(*Command)(nil),               // 71: muster.v1.Command
-	(*Answer)(nil),                // 72: muster.v1.Answer
+	(*DepositManyRequest)(nil),    // 30: muster.v1.DepositManyRequest
+	(*DepositManyResponse)(nil),   // 31: muster.v1.DepositManyResponse
+	(*ListTransfersRequest)(nil),  // 32: muster.v1.ListTransfersRequest
+	(*ListTransfersResponse)(nil), // 33: muster.v1.ListTransfersResponse
+	(*ClusterStatusRequest)(nil),  // 34: muster.v1.ClusterStatusRequest
+	(*ClusterStatusResponse)(nil), // 35: muster.v1.ClusterStatusResponse
+	(*NodeStatus)(nil),            // 36: muster.v1.NodeStatus
+	(*WorkerMessage)(nil),         // 37: muster.v1.WorkerMessage
+	(*Reports)(nil),               // 38: muster.v1.Reports
+	(*WorkerHello)(nil),           // 39: muster.v1.WorkerHello
+	(*WorkerProof)(nil),           // 40: muster.v1.WorkerProof
+	(*Heartbeat)(nil),             // 41: muster.v1.Heartbeat
+	(*LogTail)(nil),               // 42: muster.v1.LogTail
+	(*AttemptFailed)(nil),         // 43: muster.v1.AttemptFailed
+	(*SchedulerMessage)(nil),      // 44: muster.v1.SchedulerMessage
+	(*Orders)(nil),                // 45: muster.v1.Orders
+	(*Challenge)(nil),             // 46: muster.v1.Challenge
+	(*Welcome)(nil),               // 47: muster.v1.Welcome
+	(*Assignment)(nil),            // 48: muster.v1.Assignment
+	(*Stop)(nil),                  // 49: muster.v1.Stop
+	(*Outcome)(nil),               // 50: muster.v1.Outcome
+	(*JoinRequest)(nil),           // 51: muster.v1.JoinRequest
+	(*JoinResponse)(nil),          // 52: muster.v1.JoinResponse
+	(*ProposeRequest)(nil),        // 53: muster.v1.ProposeRequest
+	(*ProposeResponse)(nil),       // 54: muster.v1.ProposeResponse
+	(*JobSpec)(nil),               // 55: muster.v1.JobSpec
+	(*Job)(nil),                   // 56: muster.v1.Job
+	(*Attempt)(nil),               // 57: muster.v1.Attempt
+	(*Check)(nil),                 // 58: muster.v1.Check
+	(*Stored)(nil),                // 59: muster.v1.Stored
+	(AttemptState)(0),             // 60: muster.v1.AttemptState
+	(*Worker)(nil),                // 61: muster.v1.Worker
+	(*Record)(nil),                // 62: muster.v1.Record
+	(Role)(0),                     // 63: muster.v1.Role
+	(*Deposit)(nil),               // 64: muster.v1.Deposit
+	(*Transfer)(nil),              // 65: muster.v1.Transfer
+	(*Commit)(nil),                // 66: muster.v1.Commit
+	(*Capacity)(nil),              // 67: muster.v1.Capacity
+	(Blame)(0),                    // 68: muster.v1.Blame
+	(*Image)(nil),                 // 69: muster.v1.Image
+	(*EnvVar)(nil),                // 70: muster.v1.EnvVar
+	(*Input)(nil),                 // 71: muster.v1.Input
+	(*Items)(nil),                 // 72: muster.v1.Items
+	(*Resources)(nil),             // 73: muster.v1.Resources
+	(OutputMode)(0),               // 74: muster.v1.OutputMode
+	(*Node)(nil),                  // 75: muster.v1.Node
+	(*Command)(nil),               // 76: muster.v1.Command
+	(*Answer)(nil),                // 77: muster.v1.Answer
 }
 var file_muster_v1_service_proto_depIdxs = []int32{
-	52, // 0: muster.v1.SubmitJobRequest.spec:type_name -> muster.v1.JobSpec
-	53, // 1: muster.v1.GetJobResponse.job:type_name -> muster.v1.Job
-	54, // 2: muster.v1.GetJobResponse.attempts:type_name -> muster.v1.Attempt
-	55, // 3: muster.v1.GetJobResponse.checks:type_name -> muster.v1.Check
-	53, // 4: muster.v1.ListJobsResponse.jobs:type_name -> muster.v1.Job
+	55, // 0: muster.v1.SubmitJobRequest.spec:type_name -> muster.v1.JobSpec
+	56, // 1: muster.v1.GetJobResponse.job:type_name -> muster.v1.Job
+	57, // 2: muster.v1.GetJobResponse.attempts:type_name -> muster.v1.Attempt
+	58, // 3: muster.v1.GetJobResponse.checks:type_name -> muster.v1.Check
+	56, // 4: muster.v1.ListJobsResponse.jobs:type_name -> muster.v1.Job
 	11, // 5: muster.v1.ExplainJobResponse.reasons:type_name -> muster.v1.ExplainReason
 	14, // 6: muster.v1.GetResultsResponse.results:type_name -> muster.v1.TaskResult
-	17, // 7: muster.v1.GetLogsResponse.logs:type_name -> muster.v1.AttemptLog
-	56, // 8: muster.v1.AttemptLog.state:type_name -> muster.v1.AttemptState
-	20, // 9: muster.v1.ListWorkersResponse.workers:type_name -> muster.v1.WorkerStatus
-	57, // 10: muster.v1.WorkerStatus.worker:type_name -> muster.v1.Worker
-	58, // 11: muster.v1.WorkerStatus.records:type_name -> muster.v1.Record
-	59, // 12: muster.v1.CreateAccountRequest.role:type_name -> muster.v1.Role
-	27, // 13: muster.v1.GetAccountResponse.balances:type_name -> muster.v1.Balance
-	60, // 14: muster.v1.ListTransfersResponse.transfers:type_name -> muster.v1.Transfer
-	34, // 15: muster.v1.ClusterStatusResponse.nodes:type_name -> muster.v1.NodeStatus
-	36, // 16: muster.v1.WorkerMessage.hello:type_name -> muster.v1.WorkerHello
-	37, // 17: muster.v1.WorkerMessage.proof:type_name -> muster.v1.WorkerProof
-	38, // 18: muster.v1.WorkerMessage.heartbeat:type_name -> muster.v1.Heartbeat
-	40, // 19: muster.v1.WorkerMessage.started:type_name -> muster.v1.AttemptStarted
-	61, // 20: muster.v1.WorkerMessage.commit:type_name -> muster.v1.Commit
-	41, // 21: muster.v1.WorkerMessage.failed:type_name -> muster.v1.AttemptFailed
-	62, // 22: muster.v1.WorkerHello.capacity:type_name -> muster.v1.Capacity
-	39, // 23: muster.v1.Heartbeat.logs:type_name -> muster.v1.LogTail
-	63, // 24: muster.v1.AttemptFailed.blame:type_name -> muster.v1.Blame
-	43, // 25: muster.v1.SchedulerMessage.challenge:type_name -> muster.v1.Challenge
-	44, // 26: muster.v1.SchedulerMessage.welcome:type_name -> muster.v1.Welcome
-	45, // 27: muster.v1.SchedulerMessage.assign:type_name -> muster.v1.Assignment
-	46, // 28: muster.v1.SchedulerMessage.stop:type_name -> muster.v1.Stop
-	47, // 29: muster.v1.SchedulerMessage.outcome:type_name -> muster.v1.Outcome
-	64, // 30: muster.v1.Assignment.image:type_name -> muster.v1.Image
-	65, // 31: muster.v1.Assignment.env:type_name -> muster.v1.EnvVar
-	66, // 32: muster.v1.Assignment.inputs:type_name -> muster.v1.Input
-	67, // 33: muster.v1.Assignment.items:type_name -> muster.v1.Items
-	68, // 34: muster.v1.Assignment.resources:type_name -> muster.v1.Resources
-	69, // 35: muster.v1.Assignment.outputs:type_name -> muster.v1.OutputMode
-	70, // 36: muster.v1.JoinRequest.node:type_name -> muster.v1.Node
-	71, // 37: muster.v1.ProposeRequest.command:type_name -> muster.v1.Command
-	72, // 38: muster.v1.ProposeResponse.answer:type_name -> muster.v1.Answer
-	0,  // 39: muster.v1.Muster.SubmitJob:input_type -> muster.v1.SubmitJobRequest
-	2,  // 40: muster.v1.Muster.GetJob:input_type -> muster.v1.GetJobRequest
-	4,  // 41: muster.v1.Muster.ListJobs:input_type -> muster.v1.ListJobsRequest
-	2,  // 42: muster.v1.Muster.WatchJob:input_type -> muster.v1.GetJobRequest
-	6,  // 43: muster.v1.Muster.CancelJob:input_type -> muster.v1.CancelJobRequest
-	8,  // 44: muster.v1.Muster.FundJob:input_type -> muster.v1.FundJobRequest
-	2,  // 45: muster.v1.Muster.ExplainJob:input_type -> muster.v1.GetJobRequest
-	12, // 46: muster.v1.Muster.GetResults:input_type -> muster.v1.GetResultsRequest
-	15, // 47: muster.v1.Muster.GetLogs:input_type -> muster.v1.GetLogsRequest
-	18, // 48: muster.v1.Muster.ListWorkers:input_type -> muster.v1.ListWorkersRequest
-	21, // 49: muster.v1.Muster.DrainWorker:input_type -> muster.v1.DrainWorkerRequest
-	23, // 50: muster.v1.Muster.CreateAccount:input_type -> muster.v1.CreateAccountRequest
-	25, // 51: muster.v1.Muster.GetAccount:input_type -> muster.v1.GetAccountRequest
-	28, // 52: muster.v1.Muster.Deposit:input_type -> muster.v1.DepositRequest
-	30, // 53: muster.v1.Muster.ListTransfers:input_type -> muster.v1.ListTransfersRequest
-	32, // 54: muster.v1.Muster.ClusterStatus:input_type -> muster.v1.ClusterStatusRequest
-	35, // 55: muster.v1.Sessions.Session:input_type -> muster.v1.WorkerMessage
-	48, // 56: muster.v1.Peers.Join:input_type -> muster.v1.JoinRequest
-	50, // 57: muster.v1.Peers.Propose:input_type -> muster.v1.ProposeRequest
-	1,  // 58: muster.v1.Muster.SubmitJob:output_type -> muster.v1.SubmitJobResponse
-	3,  // 59: muster.v1.Muster.GetJob:output_type -> muster.v1.GetJobResponse
-	5,  // 60: muster.v1.Muster.ListJobs:output_type -> muster.v1.ListJobsResponse
-	3,  // 61: muster.v1.Muster.WatchJob:output_type -> muster.v1.GetJobResponse
-	7,  // 62: muster.v1.Muster.CancelJob:output_type -> muster.v1.CancelJobResponse
-	9,  // 63: muster.v1.Muster.FundJob:output_type -> muster.v1.FundJobResponse
-	10, // 64: muster.v1.Muster.ExplainJob:output_type -> muster.v1.ExplainJobResponse
-	13, // 65: muster.v1.Muster.GetResults:output_type -> muster.v1.GetResultsResponse
-	16, // 66: muster.v1.Muster.GetLogs:output_type -> muster.v1.GetLogsResponse
-	19, // 67: muster.v1.Muster.ListWorkers:output_type -> muster.v1.ListWorkersResponse
-	22, // 68: muster.v1.Muster.DrainWorker:output_type -> muster.v1.DrainWorkerResponse
-	24, // 69: muster.v1.Muster.CreateAccount:output_type -> muster.v1.CreateAccountResponse
-	26, // 70: muster.v1.Muster.GetAccount:output_type -> muster.v1.GetAccountResponse
-	29, // 71: muster.v1.Muster.Deposit:output_type -> muster.v1.DepositResponse
-	31, // 72: muster.v1.Muster.ListTransfers:output_type -> muster.v1.ListTransfersResponse
-	33, // 73: muster.v1.Muster.ClusterStatus:output_type -> muster.v1.ClusterStatusResponse
-	42, // 74: muster.v1.Sessions.Session:output_type -> muster.v1.SchedulerMessage
-	49, // 75: muster.v1.Peers.Join:output_type -> muster.v1.JoinResponse
-	51, // 76: muster.v1.Peers.Propose:output_type -> muster.v1.ProposeResponse
-	58, // [58:77] is the sub-list for method output_type
-	39, // [39:58] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	59, // 7: muster.v1.TaskResult.stored:type_name -> muster.v1.Stored
+	17, // 8: muster.v1.GetLogsResponse.logs:type_name -> muster.v1.AttemptLog
+	60, // 9: muster.v1.AttemptLog.state:type_name -> muster.v1.AttemptState
+	20, // 10: muster.v1.ListWorkersResponse.workers:type_name -> muster.v1.WorkerStatus
+	61, // 11: muster.v1.WorkerStatus.worker:type_name -> muster.v1.Worker
+	62, // 12: muster.v1.WorkerStatus.records:type_name -> muster.v1.Record
+	63, // 13: muster.v1.CreateAccountRequest.role:type_name -> muster.v1.Role
+	27, // 14: muster.v1.GetAccountResponse.balances:type_name -> muster.v1.Balance
+	64, // 15: muster.v1.DepositManyRequest.deposits:type_name -> muster.v1.Deposit
+	65, // 16: muster.v1.ListTransfersResponse.transfers:type_name -> muster.v1.Transfer
+	36, // 17: muster.v1.ClusterStatusResponse.nodes:type_name -> muster.v1.NodeStatus
+	39, // 18: muster.v1.WorkerMessage.hello:type_name -> muster.v1.WorkerHello
+	40, // 19: muster.v1.WorkerMessage.proof:type_name -> muster.v1.WorkerProof
+	41, // 20: muster.v1.WorkerMessage.heartbeat:type_name -> muster.v1.Heartbeat
+	38, // 21: muster.v1.WorkerMessage.reports:type_name -> muster.v1.Reports
+	66, // 22: muster.v1.Reports.commits:type_name -> muster.v1.Commit
+	43, // 23: muster.v1.Reports.failed:type_name -> muster.v1.AttemptFailed
+	67, // 24: muster.v1.WorkerHello.capacity:type_name -> muster.v1.Capacity
+	42, // 25: muster.v1.Heartbeat.logs:type_name -> muster.v1.LogTail
+	68, // 26: muster.v1.AttemptFailed.blame:type_name -> muster.v1.Blame
+	46, // 27: muster.v1.SchedulerMessage.challenge:type_name -> muster.v1.Challenge
+	47, // 28: muster.v1.SchedulerMessage.welcome:type_name -> muster.v1.Welcome
+	45, // 29: muster.v1.SchedulerMessage.orders:type_name -> muster.v1.Orders
+	48, // 30: muster.v1.Orders.assign:type_name -> muster.v1.Assignment
+	49, // 31: muster.v1.Orders.stop:type_name -> muster.v1.Stop
+	50, // 32: muster.v1.Orders.outcomes:type_name -> muster.v1.Outcome
+	69, // 33: muster.v1.Assignment.image:type_name -> muster.v1.Image
+	70, // 34: muster.v1.Assignment.env:type_name -> muster.v1.EnvVar
+	71, // 35: muster.v1.Assignment.inputs:type_name -> muster.v1.Input
+	72, // 36: muster.v1.Assignment.items:type_name -> muster.v1.Items
+	73, // 37: muster.v1.Assignment.resources:type_name -> muster.v1.Resources
+	74, // 38: muster.v1.Assignment.outputs:type_name -> muster.v1.OutputMode
+	75, // 39: muster.v1.JoinRequest.node:type_name -> muster.v1.Node
+	76, // 40: muster.v1.ProposeRequest.command:type_name -> muster.v1.Command
+	77, // 41: muster.v1.ProposeResponse.answer:type_name -> muster.v1.Answer
+	0,  // 42: muster.v1.Muster.SubmitJob:input_type -> muster.v1.SubmitJobRequest
+	2,  // 43: muster.v1.Muster.GetJob:input_type -> muster.v1.GetJobRequest
+	4,  // 44: muster.v1.Muster.ListJobs:input_type -> muster.v1.ListJobsRequest
+	2,  // 45: muster.v1.Muster.WatchJob:input_type -> muster.v1.GetJobRequest
+	6,  // 46: muster.v1.Muster.CancelJob:input_type -> muster.v1.CancelJobRequest
+	8,  // 47: muster.v1.Muster.FundJob:input_type -> muster.v1.FundJobRequest
+	2,  // 48: muster.v1.Muster.ExplainJob:input_type -> muster.v1.GetJobRequest
+	12, // 49: muster.v1.Muster.GetResults:input_type -> muster.v1.GetResultsRequest
+	15, // 50: muster.v1.Muster.GetLogs:input_type -> muster.v1.GetLogsRequest
+	18, // 51: muster.v1.Muster.ListWorkers:input_type -> muster.v1.ListWorkersRequest
+	21, // 52: muster.v1.Muster.DrainWorker:input_type -> muster.v1.DrainWorkerRequest
+	23, // 53: muster.v1.Muster.CreateAccount:input_type -> muster.v1.CreateAccountRequest
+	25, // 54: muster.v1.Muster.GetAccount:input_type -> muster.v1.GetAccountRequest
+	28, // 55: muster.v1.Muster.Deposit:input_type -> muster.v1.DepositRequest
+	30, // 56: muster.v1.Muster.DepositMany:input_type -> muster.v1.DepositManyRequest
+	32, // 57: muster.v1.Muster.ListTransfers:input_type -> muster.v1.ListTransfersRequest
+	34, // 58: muster.v1.Muster.ClusterStatus:input_type -> muster.v1.ClusterStatusRequest
+	37, // 59: muster.v1.Sessions.Session:input_type -> muster.v1.WorkerMessage
+	51, // 60: muster.v1.Peers.Join:input_type -> muster.v1.JoinRequest
+	53, // 61: muster.v1.Peers.Propose:input_type -> muster.v1.ProposeRequest
+	1,  // 62: muster.v1.Muster.SubmitJob:output_type -> muster.v1.SubmitJobResponse
+	3,  // 63: muster.v1.Muster.GetJob:output_type -> muster.v1.GetJobResponse
+	5,  // 64: muster.v1.Muster.ListJobs:output_type -> muster.v1.ListJobsResponse
+	3,  // 65: muster.v1.Muster.WatchJob:output_type -> muster.v1.GetJobResponse
+	7,  // 66: muster.v1.Muster.CancelJob:output_type -> muster.v1.CancelJobResponse
+	9,  // 67: muster.v1.Muster.FundJob:output_type -> muster.v1.FundJobResponse
+	10, // 68: muster.v1.Muster.ExplainJob:output_type -> muster.v1.ExplainJobResponse
+	13, // 69: muster.v1.Muster.GetResults:output_type -> muster.v1.GetResultsResponse
+	16, // 70: muster.v1.Muster.GetLogs:output_type -> muster.v1.GetLogsResponse
+	19, // 71: muster.v1.Muster.ListWorkers:output_type -> muster.v1.ListWorkersResponse
+	22, // 72: muster.v1.Muster.DrainWorker:output_type -> muster.v1.DrainWorkerResponse
+	24, // 73: muster.v1.Muster.CreateAccount:output_type -> muster.v1.CreateAccountResponse
+	26, // 74: muster.v1.Muster.GetAccount:output_type -> muster.v1.GetAccountResponse
+	29, // 75: muster.v1.Muster.Deposit:output_type -> muster.v1.DepositResponse
+	31, // 76: muster.v1.Muster.DepositMany:output_type -> muster.v1.DepositManyResponse
+	33, // 77: muster.v1.Muster.ListTransfers:output_type -> muster.v1.ListTransfersResponse
+	35, // 78: muster.v1.Muster.ClusterStatus:output_type -> muster.v1.ClusterStatusResponse
+	44, // 79: muster.v1.Sessions.Session:output_type -> muster.v1.SchedulerMessage
+	52, // 80: muster.v1.Peers.Join:output_type -> muster.v1.JoinResponse
+	54, // 81: muster.v1.Peers.Propose:output_type -> muster.v1.ProposeResponse
+	62, // [62:82] is the sub-list for method output_type
+	42, // [42:62] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_muster_v1_service_proto_init() }
@@ -3685,20 +3847,16 @@ func file_muster_v1_service_proto_init() {
 	file_muster_v1_command_proto_init()
 	file_muster_v1_job_proto_init()
 	file_muster_v1_state_proto_init()
-	file_muster_v1_service_proto_msgTypes[35].OneofWrappers = []any{
+	file_muster_v1_service_proto_msgTypes[37].OneofWrappers = []any{
 		(*WorkerMessage_Hello)(nil),
 		(*WorkerMessage_Proof)(nil),
 		(*WorkerMessage_Heartbeat)(nil),
-		(*WorkerMessage_Started)(nil),
-		(*WorkerMessage_Commit)(nil),
-		(*WorkerMessage_Failed)(nil),
+		(*WorkerMessage_Reports)(nil),
 	}
-	file_muster_v1_service_proto_msgTypes[42].OneofWrappers = []any{
+	file_muster_v1_service_proto_msgTypes[44].OneofWrappers = []any{
 		(*SchedulerMessage_Challenge)(nil),
 		(*SchedulerMessage_Welcome)(nil),
-		(*SchedulerMessage_Assign)(nil),
-		(*SchedulerMessage_Stop)(nil),
-		(*SchedulerMessage_Outcome)(nil),
+		(*SchedulerMessage_Orders)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3706,7 +3864,7 @@ func file_muster_v1_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_muster_v1_service_proto_rawDesc), len(file_muster_v1_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   52,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

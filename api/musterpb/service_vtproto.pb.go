@@ -310,6 +310,8 @@ func (m *TaskResult) CloneVT() *TaskResult {
 	r.ManifestDigest = m.ManifestDigest
 	r.ArchiveDigest = m.ArchiveDigest
 	r.Verified = m.Verified
+	r.Stored = m.Stored.CloneVT()
+	r.ArchiveBytes = m.ArchiveBytes
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -629,6 +631,46 @@ func (m *DepositResponse) CloneMessageVT() proto.Message {
 	return m.CloneVT()
 }
 
+func (m *DepositManyRequest) CloneVT() *DepositManyRequest {
+	if m == nil {
+		return (*DepositManyRequest)(nil)
+	}
+	r := new(DepositManyRequest)
+	r.Id = m.Id
+	if rhs := m.Deposits; rhs != nil {
+		tmpContainer := make([]*Deposit, len(rhs))
+		for k, v := range rhs {
+			tmpContainer[k] = v.CloneVT()
+		}
+		r.Deposits = tmpContainer
+	}
+	if len(m.unknownFields) > 0 {
+		r.unknownFields = make([]byte, len(m.unknownFields))
+		copy(r.unknownFields, m.unknownFields)
+	}
+	return r
+}
+
+func (m *DepositManyRequest) CloneMessageVT() proto.Message {
+	return m.CloneVT()
+}
+
+func (m *DepositManyResponse) CloneVT() *DepositManyResponse {
+	if m == nil {
+		return (*DepositManyResponse)(nil)
+	}
+	r := new(DepositManyResponse)
+	if len(m.unknownFields) > 0 {
+		r.unknownFields = make([]byte, len(m.unknownFields))
+		copy(r.unknownFields, m.unknownFields)
+	}
+	return r
+}
+
+func (m *DepositManyResponse) CloneMessageVT() proto.Message {
+	return m.CloneVT()
+}
+
 func (m *ListTransfersRequest) CloneVT() *ListTransfersRequest {
 	if m == nil {
 		return (*ListTransfersRequest)(nil)
@@ -796,31 +838,57 @@ func (m *WorkerMessage_Heartbeat) CloneVT() isWorkerMessage_Message {
 	return r
 }
 
-func (m *WorkerMessage_Started) CloneVT() isWorkerMessage_Message {
+func (m *WorkerMessage_Reports) CloneVT() isWorkerMessage_Message {
 	if m == nil {
-		return (*WorkerMessage_Started)(nil)
+		return (*WorkerMessage_Reports)(nil)
 	}
-	r := new(WorkerMessage_Started)
-	r.Started = m.Started.CloneVT()
+	r := new(WorkerMessage_Reports)
+	r.Reports = m.Reports.CloneVT()
 	return r
 }
 
-func (m *WorkerMessage_Commit) CloneVT() isWorkerMessage_Message {
+func (m *Reports) CloneVT() *Reports {
 	if m == nil {
-		return (*WorkerMessage_Commit)(nil)
+		return (*Reports)(nil)
 	}
-	r := new(WorkerMessage_Commit)
-	r.Commit = m.Commit.CloneVT()
+	r := new(Reports)
+	if rhs := m.Started; rhs != nil {
+		tmpContainer := make([]string, len(rhs))
+		copy(tmpContainer, rhs)
+		r.Started = tmpContainer
+	}
+	if rhs := m.Commits; rhs != nil {
+		tmpContainer := make([]*Commit, len(rhs))
+		for k, v := range rhs {
+			tmpContainer[k] = v.CloneVT()
+		}
+		r.Commits = tmpContainer
+	}
+	if rhs := m.Failed; rhs != nil {
+		tmpContainer := make([]*AttemptFailed, len(rhs))
+		for k, v := range rhs {
+			tmpContainer[k] = v.CloneVT()
+		}
+		r.Failed = tmpContainer
+	}
+	if rhs := m.Blobs; rhs != nil {
+		tmpContainer := make([][]byte, len(rhs))
+		for k, v := range rhs {
+			tmpBytes := make([]byte, len(v))
+			copy(tmpBytes, v)
+			tmpContainer[k] = tmpBytes
+		}
+		r.Blobs = tmpContainer
+	}
+	if len(m.unknownFields) > 0 {
+		r.unknownFields = make([]byte, len(m.unknownFields))
+		copy(r.unknownFields, m.unknownFields)
+	}
 	return r
 }
 
-func (m *WorkerMessage_Failed) CloneVT() isWorkerMessage_Message {
-	if m == nil {
-		return (*WorkerMessage_Failed)(nil)
-	}
-	r := new(WorkerMessage_Failed)
-	r.Failed = m.Failed.CloneVT()
-	return r
+func (m *Reports) CloneMessageVT() proto.Message {
+	return m.CloneVT()
 }
 
 func (m *WorkerHello) CloneVT() *WorkerHello {
@@ -930,23 +998,6 @@ func (m *LogTail) CloneMessageVT() proto.Message {
 	return m.CloneVT()
 }
 
-func (m *AttemptStarted) CloneVT() *AttemptStarted {
-	if m == nil {
-		return (*AttemptStarted)(nil)
-	}
-	r := new(AttemptStarted)
-	r.Attempt = m.Attempt
-	if len(m.unknownFields) > 0 {
-		r.unknownFields = make([]byte, len(m.unknownFields))
-		copy(r.unknownFields, m.unknownFields)
-	}
-	return r
-}
-
-func (m *AttemptStarted) CloneMessageVT() proto.Message {
-	return m.CloneVT()
-}
-
 func (m *AttemptFailed) CloneVT() *AttemptFailed {
 	if m == nil {
 		return (*AttemptFailed)(nil)
@@ -1008,31 +1059,50 @@ func (m *SchedulerMessage_Welcome) CloneVT() isSchedulerMessage_Message {
 	return r
 }
 
-func (m *SchedulerMessage_Assign) CloneVT() isSchedulerMessage_Message {
+func (m *SchedulerMessage_Orders) CloneVT() isSchedulerMessage_Message {
 	if m == nil {
-		return (*SchedulerMessage_Assign)(nil)
+		return (*SchedulerMessage_Orders)(nil)
 	}
-	r := new(SchedulerMessage_Assign)
-	r.Assign = m.Assign.CloneVT()
+	r := new(SchedulerMessage_Orders)
+	r.Orders = m.Orders.CloneVT()
 	return r
 }
 
-func (m *SchedulerMessage_Stop) CloneVT() isSchedulerMessage_Message {
+func (m *Orders) CloneVT() *Orders {
 	if m == nil {
-		return (*SchedulerMessage_Stop)(nil)
+		return (*Orders)(nil)
 	}
-	r := new(SchedulerMessage_Stop)
-	r.Stop = m.Stop.CloneVT()
+	r := new(Orders)
+	if rhs := m.Assign; rhs != nil {
+		tmpContainer := make([]*Assignment, len(rhs))
+		for k, v := range rhs {
+			tmpContainer[k] = v.CloneVT()
+		}
+		r.Assign = tmpContainer
+	}
+	if rhs := m.Stop; rhs != nil {
+		tmpContainer := make([]*Stop, len(rhs))
+		for k, v := range rhs {
+			tmpContainer[k] = v.CloneVT()
+		}
+		r.Stop = tmpContainer
+	}
+	if rhs := m.Outcomes; rhs != nil {
+		tmpContainer := make([]*Outcome, len(rhs))
+		for k, v := range rhs {
+			tmpContainer[k] = v.CloneVT()
+		}
+		r.Outcomes = tmpContainer
+	}
+	if len(m.unknownFields) > 0 {
+		r.unknownFields = make([]byte, len(m.unknownFields))
+		copy(r.unknownFields, m.unknownFields)
+	}
 	return r
 }
 
-func (m *SchedulerMessage_Outcome) CloneVT() isSchedulerMessage_Message {
-	if m == nil {
-		return (*SchedulerMessage_Outcome)(nil)
-	}
-	r := new(SchedulerMessage_Outcome)
-	r.Outcome = m.Outcome.CloneVT()
-	return r
+func (m *Orders) CloneMessageVT() proto.Message {
+	return m.CloneVT()
 }
 
 func (m *Challenge) CloneVT() *Challenge {
@@ -1103,6 +1173,7 @@ func (m *Assignment) CloneVT() *Assignment {
 	r.Outputs = m.Outputs
 	r.Network = m.Network
 	r.PriceMicroUsdPerHour = m.PriceMicroUsdPerHour
+	r.Like = m.Like
 	if rhs := m.Command; rhs != nil {
 		tmpContainer := make([]string, len(rhs))
 		copy(tmpContainer, rhs)
@@ -1655,6 +1726,12 @@ func (this *TaskResult) EqualVT(that *TaskResult) bool {
 	if this.Verified != that.Verified {
 		return false
 	}
+	if !this.Stored.EqualVT(that.Stored) {
+		return false
+	}
+	if this.ArchiveBytes != that.ArchiveBytes {
+		return false
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
@@ -2075,6 +2152,58 @@ func (this *DepositResponse) EqualMessageVT(thatMsg proto.Message) bool {
 	}
 	return this.EqualVT(that)
 }
+func (this *DepositManyRequest) EqualVT(that *DepositManyRequest) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Id != that.Id {
+		return false
+	}
+	if len(this.Deposits) != len(that.Deposits) {
+		return false
+	}
+	for i, vx := range this.Deposits {
+		vy := that.Deposits[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Deposit{}
+			}
+			if q == nil {
+				q = &Deposit{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *DepositManyRequest) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*DepositManyRequest)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *DepositManyResponse) EqualVT(that *DepositManyResponse) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *DepositManyResponse) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*DepositManyResponse)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
 func (this *ListTransfersRequest) EqualVT(that *ListTransfersRequest) bool {
 	if this == that {
 		return true
@@ -2355,8 +2484,8 @@ func (this *WorkerMessage_Heartbeat) EqualVT(thatIface isWorkerMessage_Message) 
 	return true
 }
 
-func (this *WorkerMessage_Started) EqualVT(thatIface isWorkerMessage_Message) bool {
-	that, ok := thatIface.(*WorkerMessage_Started)
+func (this *WorkerMessage_Reports) EqualVT(thatIface isWorkerMessage_Message) bool {
+	that, ok := thatIface.(*WorkerMessage_Reports)
 	if !ok {
 		return false
 	}
@@ -2366,12 +2495,12 @@ func (this *WorkerMessage_Started) EqualVT(thatIface isWorkerMessage_Message) bo
 	if this == nil && that != nil || this != nil && that == nil {
 		return false
 	}
-	if p, q := this.Started, that.Started; p != q {
+	if p, q := this.Reports, that.Reports; p != q {
 		if p == nil {
-			p = &AttemptStarted{}
+			p = &Reports{}
 		}
 		if q == nil {
-			q = &AttemptStarted{}
+			q = &Reports{}
 		}
 		if !p.EqualVT(q) {
 			return false
@@ -2380,56 +2509,74 @@ func (this *WorkerMessage_Started) EqualVT(thatIface isWorkerMessage_Message) bo
 	return true
 }
 
-func (this *WorkerMessage_Commit) EqualVT(thatIface isWorkerMessage_Message) bool {
-	that, ok := thatIface.(*WorkerMessage_Commit)
+func (this *Reports) EqualVT(that *Reports) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Started) != len(that.Started) {
+		return false
+	}
+	for i, vx := range this.Started {
+		vy := that.Started[i]
+		if vx != vy {
+			return false
+		}
+	}
+	if len(this.Commits) != len(that.Commits) {
+		return false
+	}
+	for i, vx := range this.Commits {
+		vy := that.Commits[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Commit{}
+			}
+			if q == nil {
+				q = &Commit{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if len(this.Failed) != len(that.Failed) {
+		return false
+	}
+	for i, vx := range this.Failed {
+		vy := that.Failed[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &AttemptFailed{}
+			}
+			if q == nil {
+				q = &AttemptFailed{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if len(this.Blobs) != len(that.Blobs) {
+		return false
+	}
+	for i, vx := range this.Blobs {
+		vy := that.Blobs[i]
+		if string(vx) != string(vy) {
+			return false
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Reports) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Reports)
 	if !ok {
 		return false
 	}
-	if this == that {
-		return true
-	}
-	if this == nil && that != nil || this != nil && that == nil {
-		return false
-	}
-	if p, q := this.Commit, that.Commit; p != q {
-		if p == nil {
-			p = &Commit{}
-		}
-		if q == nil {
-			q = &Commit{}
-		}
-		if !p.EqualVT(q) {
-			return false
-		}
-	}
-	return true
+	return this.EqualVT(that)
 }
-
-func (this *WorkerMessage_Failed) EqualVT(thatIface isWorkerMessage_Message) bool {
-	that, ok := thatIface.(*WorkerMessage_Failed)
-	if !ok {
-		return false
-	}
-	if this == that {
-		return true
-	}
-	if this == nil && that != nil || this != nil && that == nil {
-		return false
-	}
-	if p, q := this.Failed, that.Failed; p != q {
-		if p == nil {
-			p = &AttemptFailed{}
-		}
-		if q == nil {
-			q = &AttemptFailed{}
-		}
-		if !p.EqualVT(q) {
-			return false
-		}
-	}
-	return true
-}
-
 func (this *WorkerHello) EqualVT(that *WorkerHello) bool {
 	if this == that {
 		return true
@@ -2565,25 +2712,6 @@ func (this *LogTail) EqualMessageVT(thatMsg proto.Message) bool {
 	}
 	return this.EqualVT(that)
 }
-func (this *AttemptStarted) EqualVT(that *AttemptStarted) bool {
-	if this == that {
-		return true
-	} else if this == nil || that == nil {
-		return false
-	}
-	if this.Attempt != that.Attempt {
-		return false
-	}
-	return string(this.unknownFields) == string(that.unknownFields)
-}
-
-func (this *AttemptStarted) EqualMessageVT(thatMsg proto.Message) bool {
-	that, ok := thatMsg.(*AttemptStarted)
-	if !ok {
-		return false
-	}
-	return this.EqualVT(that)
-}
 func (this *AttemptFailed) EqualVT(that *AttemptFailed) bool {
 	if this == that {
 		return true
@@ -2696,8 +2824,8 @@ func (this *SchedulerMessage_Welcome) EqualVT(thatIface isSchedulerMessage_Messa
 	return true
 }
 
-func (this *SchedulerMessage_Assign) EqualVT(thatIface isSchedulerMessage_Message) bool {
-	that, ok := thatIface.(*SchedulerMessage_Assign)
+func (this *SchedulerMessage_Orders) EqualVT(thatIface isSchedulerMessage_Message) bool {
+	that, ok := thatIface.(*SchedulerMessage_Orders)
 	if !ok {
 		return false
 	}
@@ -2707,12 +2835,12 @@ func (this *SchedulerMessage_Assign) EqualVT(thatIface isSchedulerMessage_Messag
 	if this == nil && that != nil || this != nil && that == nil {
 		return false
 	}
-	if p, q := this.Assign, that.Assign; p != q {
+	if p, q := this.Orders, that.Orders; p != q {
 		if p == nil {
-			p = &Assignment{}
+			p = &Orders{}
 		}
 		if q == nil {
-			q = &Assignment{}
+			q = &Orders{}
 		}
 		if !p.EqualVT(q) {
 			return false
@@ -2721,56 +2849,73 @@ func (this *SchedulerMessage_Assign) EqualVT(thatIface isSchedulerMessage_Messag
 	return true
 }
 
-func (this *SchedulerMessage_Stop) EqualVT(thatIface isSchedulerMessage_Message) bool {
-	that, ok := thatIface.(*SchedulerMessage_Stop)
+func (this *Orders) EqualVT(that *Orders) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if len(this.Assign) != len(that.Assign) {
+		return false
+	}
+	for i, vx := range this.Assign {
+		vy := that.Assign[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Assignment{}
+			}
+			if q == nil {
+				q = &Assignment{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if len(this.Stop) != len(that.Stop) {
+		return false
+	}
+	for i, vx := range this.Stop {
+		vy := that.Stop[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Stop{}
+			}
+			if q == nil {
+				q = &Stop{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	if len(this.Outcomes) != len(that.Outcomes) {
+		return false
+	}
+	for i, vx := range this.Outcomes {
+		vy := that.Outcomes[i]
+		if p, q := vx, vy; p != q {
+			if p == nil {
+				p = &Outcome{}
+			}
+			if q == nil {
+				q = &Outcome{}
+			}
+			if !p.EqualVT(q) {
+				return false
+			}
+		}
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Orders) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Orders)
 	if !ok {
 		return false
 	}
-	if this == that {
-		return true
-	}
-	if this == nil && that != nil || this != nil && that == nil {
-		return false
-	}
-	if p, q := this.Stop, that.Stop; p != q {
-		if p == nil {
-			p = &Stop{}
-		}
-		if q == nil {
-			q = &Stop{}
-		}
-		if !p.EqualVT(q) {
-			return false
-		}
-	}
-	return true
+	return this.EqualVT(that)
 }
-
-func (this *SchedulerMessage_Outcome) EqualVT(thatIface isSchedulerMessage_Message) bool {
-	that, ok := thatIface.(*SchedulerMessage_Outcome)
-	if !ok {
-		return false
-	}
-	if this == that {
-		return true
-	}
-	if this == nil && that != nil || this != nil && that == nil {
-		return false
-	}
-	if p, q := this.Outcome, that.Outcome; p != q {
-		if p == nil {
-			p = &Outcome{}
-		}
-		if q == nil {
-			q = &Outcome{}
-		}
-		if !p.EqualVT(q) {
-			return false
-		}
-	}
-	return true
-}
-
 func (this *Challenge) EqualVT(that *Challenge) bool {
 	if this == that {
 		return true
@@ -2931,6 +3076,9 @@ func (this *Assignment) EqualVT(that *Assignment) bool {
 		return false
 	}
 	if this.PriceMicroUsdPerHour != that.PriceMicroUsdPerHour {
+		return false
+	}
+	if this.Like != that.Like {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -3779,6 +3927,21 @@ func (m *TaskResult) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.ArchiveBytes != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ArchiveBytes))
+		i--
+		dAtA[i] = 0x38
+	}
+	if m.Stored != nil {
+		size, err := m.Stored.MarshalToSizedBufferVT(dAtA[:i])
+		if err != nil {
+			return 0, err
+		}
+		i -= size
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+		i--
+		dAtA[i] = 0x32
+	}
 	if m.Verified {
 		i--
 		if m.Verified {
@@ -4570,6 +4733,91 @@ func (m *DepositResponse) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	return len(dAtA) - i, nil
 }
 
+func (m *DepositManyRequest) MarshalVT() (dAtA []byte, err error) {
+	if m == nil {
+		return nil, nil
+	}
+	size := m.SizeVT()
+	dAtA = make([]byte, size)
+	n, err := m.MarshalToSizedBufferVT(dAtA[:size])
+	if err != nil {
+		return nil, err
+	}
+	return dAtA[:n], nil
+}
+
+func (m *DepositManyRequest) MarshalToVT(dAtA []byte) (int, error) {
+	size := m.SizeVT()
+	return m.MarshalToSizedBufferVT(dAtA[:size])
+}
+
+func (m *DepositManyRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+	if m == nil {
+		return 0, nil
+	}
+	i := len(dAtA)
+	_ = i
+	var l int
+	_ = l
+	if m.unknownFields != nil {
+		i -= len(m.unknownFields)
+		copy(dAtA[i:], m.unknownFields)
+	}
+	if len(m.Deposits) > 0 {
+		for iNdEx := len(m.Deposits) - 1; iNdEx >= 0; iNdEx-- {
+			size, err := m.Deposits[iNdEx].MarshalToSizedBufferVT(dAtA[:i])
+			if err != nil {
+				return 0, err
+			}
+			i -= size
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+			i--
+			dAtA[i] = 0x12
+		}
+	}
+	if len(m.Id) > 0 {
+		i -= len(m.Id)
+		copy(dAtA[i:], m.Id)
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Id)))
+		i--
+		dAtA[i] = 0xa
+	}
+	return len(dAtA) - i, nil
+}
+
+func (m *DepositManyResponse) MarshalVT() (dAtA []byte, err error) {
+	if m == nil {
+		return nil, nil
+	}
+	size := m.SizeVT()
+	dAtA = make([]byte, size)
+	n, err := m.MarshalToSizedBufferVT(dAtA[:size])
+	if err != nil {
+		return nil, err
+	}
+	return dAtA[:n], nil
+}
+
+func (m *DepositManyResponse) MarshalToVT(dAtA []byte) (int, error) {
+	size := m.SizeVT()
+	return m.MarshalToSizedBufferVT(dAtA[:size])
+}
+
+func (m *DepositManyResponse) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+	if m == nil {
+		return 0, nil
+	}
+	i := len(dAtA)
+	_ = i
+	var l int
+	_ = l
+	if m.unknownFields != nil {
+		i -= len(m.unknownFields)
+		copy(dAtA[i:], m.unknownFields)
+	}
+	return len(dAtA) - i, nil
+}
+
 func (m *ListTransfersRequest) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil
@@ -5013,15 +5261,15 @@ func (m *WorkerMessage_Heartbeat) MarshalToSizedBufferVT(dAtA []byte) (int, erro
 	}
 	return len(dAtA) - i, nil
 }
-func (m *WorkerMessage_Started) MarshalToVT(dAtA []byte) (int, error) {
+func (m *WorkerMessage_Reports) MarshalToVT(dAtA []byte) (int, error) {
 	size := m.SizeVT()
 	return m.MarshalToSizedBufferVT(dAtA[:size])
 }
 
-func (m *WorkerMessage_Started) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+func (m *WorkerMessage_Reports) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	i := len(dAtA)
-	if m.Started != nil {
-		size, err := m.Started.MarshalToSizedBufferVT(dAtA[:i])
+	if m.Reports != nil {
+		size, err := m.Reports.MarshalToSizedBufferVT(dAtA[:i])
 		if err != nil {
 			return 0, err
 		}
@@ -5036,52 +5284,81 @@ func (m *WorkerMessage_Started) MarshalToSizedBufferVT(dAtA []byte) (int, error)
 	}
 	return len(dAtA) - i, nil
 }
-func (m *WorkerMessage_Commit) MarshalToVT(dAtA []byte) (int, error) {
+func (m *Reports) MarshalVT() (dAtA []byte, err error) {
+	if m == nil {
+		return nil, nil
+	}
+	size := m.SizeVT()
+	dAtA = make([]byte, size)
+	n, err := m.MarshalToSizedBufferVT(dAtA[:size])
+	if err != nil {
+		return nil, err
+	}
+	return dAtA[:n], nil
+}
+
+func (m *Reports) MarshalToVT(dAtA []byte) (int, error) {
 	size := m.SizeVT()
 	return m.MarshalToSizedBufferVT(dAtA[:size])
 }
 
-func (m *WorkerMessage_Commit) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+func (m *Reports) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+	if m == nil {
+		return 0, nil
+	}
 	i := len(dAtA)
-	if m.Commit != nil {
-		size, err := m.Commit.MarshalToSizedBufferVT(dAtA[:i])
-		if err != nil {
-			return 0, err
+	_ = i
+	var l int
+	_ = l
+	if m.unknownFields != nil {
+		i -= len(m.unknownFields)
+		copy(dAtA[i:], m.unknownFields)
+	}
+	if len(m.Blobs) > 0 {
+		for iNdEx := len(m.Blobs) - 1; iNdEx >= 0; iNdEx-- {
+			i -= len(m.Blobs[iNdEx])
+			copy(dAtA[i:], m.Blobs[iNdEx])
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Blobs[iNdEx])))
+			i--
+			dAtA[i] = 0x22
 		}
-		i -= size
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
-		i--
-		dAtA[i] = 0x2a
-	} else {
-		i = protohelpers.EncodeVarint(dAtA, i, 0)
-		i--
-		dAtA[i] = 0x2a
+	}
+	if len(m.Failed) > 0 {
+		for iNdEx := len(m.Failed) - 1; iNdEx >= 0; iNdEx-- {
+			size, err := m.Failed[iNdEx].MarshalToSizedBufferVT(dAtA[:i])
+			if err != nil {
+				return 0, err
+			}
+			i -= size
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+			i--
+			dAtA[i] = 0x1a
+		}
+	}
+	if len(m.Commits) > 0 {
+		for iNdEx := len(m.Commits) - 1; iNdEx >= 0; iNdEx-- {
+			size, err := m.Commits[iNdEx].MarshalToSizedBufferVT(dAtA[:i])
+			if err != nil {
+				return 0, err
+			}
+			i -= size
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+			i--
+			dAtA[i] = 0x12
+		}
+	}
+	if len(m.Started) > 0 {
+		for iNdEx := len(m.Started) - 1; iNdEx >= 0; iNdEx-- {
+			i -= len(m.Started[iNdEx])
+			copy(dAtA[i:], m.Started[iNdEx])
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Started[iNdEx])))
+			i--
+			dAtA[i] = 0xa
+		}
 	}
 	return len(dAtA) - i, nil
-}
-func (m *WorkerMessage_Failed) MarshalToVT(dAtA []byte) (int, error) {
-	size := m.SizeVT()
-	return m.MarshalToSizedBufferVT(dAtA[:size])
 }
 
-func (m *WorkerMessage_Failed) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
-	i := len(dAtA)
-	if m.Failed != nil {
-		size, err := m.Failed.MarshalToSizedBufferVT(dAtA[:i])
-		if err != nil {
-			return 0, err
-		}
-		i -= size
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
-		i--
-		dAtA[i] = 0x32
-	} else {
-		i = protohelpers.EncodeVarint(dAtA, i, 0)
-		i--
-		dAtA[i] = 0x32
-	}
-	return len(dAtA) - i, nil
-}
 func (m *WorkerHello) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil
@@ -5323,46 +5600,6 @@ func (m *LogTail) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	return len(dAtA) - i, nil
 }
 
-func (m *AttemptStarted) MarshalVT() (dAtA []byte, err error) {
-	if m == nil {
-		return nil, nil
-	}
-	size := m.SizeVT()
-	dAtA = make([]byte, size)
-	n, err := m.MarshalToSizedBufferVT(dAtA[:size])
-	if err != nil {
-		return nil, err
-	}
-	return dAtA[:n], nil
-}
-
-func (m *AttemptStarted) MarshalToVT(dAtA []byte) (int, error) {
-	size := m.SizeVT()
-	return m.MarshalToSizedBufferVT(dAtA[:size])
-}
-
-func (m *AttemptStarted) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
-	if m == nil {
-		return 0, nil
-	}
-	i := len(dAtA)
-	_ = i
-	var l int
-	_ = l
-	if m.unknownFields != nil {
-		i -= len(m.unknownFields)
-		copy(dAtA[i:], m.unknownFields)
-	}
-	if len(m.Attempt) > 0 {
-		i -= len(m.Attempt)
-		copy(dAtA[i:], m.Attempt)
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Attempt)))
-		i--
-		dAtA[i] = 0xa
-	}
-	return len(dAtA) - i, nil
-}
-
 func (m *AttemptFailed) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil
@@ -5525,15 +5762,15 @@ func (m *SchedulerMessage_Welcome) MarshalToSizedBufferVT(dAtA []byte) (int, err
 	}
 	return len(dAtA) - i, nil
 }
-func (m *SchedulerMessage_Assign) MarshalToVT(dAtA []byte) (int, error) {
+func (m *SchedulerMessage_Orders) MarshalToVT(dAtA []byte) (int, error) {
 	size := m.SizeVT()
 	return m.MarshalToSizedBufferVT(dAtA[:size])
 }
 
-func (m *SchedulerMessage_Assign) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+func (m *SchedulerMessage_Orders) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	i := len(dAtA)
-	if m.Assign != nil {
-		size, err := m.Assign.MarshalToSizedBufferVT(dAtA[:i])
+	if m.Orders != nil {
+		size, err := m.Orders.MarshalToSizedBufferVT(dAtA[:i])
 		if err != nil {
 			return 0, err
 		}
@@ -5548,52 +5785,75 @@ func (m *SchedulerMessage_Assign) MarshalToSizedBufferVT(dAtA []byte) (int, erro
 	}
 	return len(dAtA) - i, nil
 }
-func (m *SchedulerMessage_Stop) MarshalToVT(dAtA []byte) (int, error) {
+func (m *Orders) MarshalVT() (dAtA []byte, err error) {
+	if m == nil {
+		return nil, nil
+	}
+	size := m.SizeVT()
+	dAtA = make([]byte, size)
+	n, err := m.MarshalToSizedBufferVT(dAtA[:size])
+	if err != nil {
+		return nil, err
+	}
+	return dAtA[:n], nil
+}
+
+func (m *Orders) MarshalToVT(dAtA []byte) (int, error) {
 	size := m.SizeVT()
 	return m.MarshalToSizedBufferVT(dAtA[:size])
 }
 
-func (m *SchedulerMessage_Stop) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+func (m *Orders) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+	if m == nil {
+		return 0, nil
+	}
 	i := len(dAtA)
-	if m.Stop != nil {
-		size, err := m.Stop.MarshalToSizedBufferVT(dAtA[:i])
-		if err != nil {
-			return 0, err
+	_ = i
+	var l int
+	_ = l
+	if m.unknownFields != nil {
+		i -= len(m.unknownFields)
+		copy(dAtA[i:], m.unknownFields)
+	}
+	if len(m.Outcomes) > 0 {
+		for iNdEx := len(m.Outcomes) - 1; iNdEx >= 0; iNdEx-- {
+			size, err := m.Outcomes[iNdEx].MarshalToSizedBufferVT(dAtA[:i])
+			if err != nil {
+				return 0, err
+			}
+			i -= size
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+			i--
+			dAtA[i] = 0x1a
 		}
-		i -= size
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
-		i--
-		dAtA[i] = 0x22
-	} else {
-		i = protohelpers.EncodeVarint(dAtA, i, 0)
-		i--
-		dAtA[i] = 0x22
+	}
+	if len(m.Stop) > 0 {
+		for iNdEx := len(m.Stop) - 1; iNdEx >= 0; iNdEx-- {
+			size, err := m.Stop[iNdEx].MarshalToSizedBufferVT(dAtA[:i])
+			if err != nil {
+				return 0, err
+			}
+			i -= size
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+			i--
+			dAtA[i] = 0x12
+		}
+	}
+	if len(m.Assign) > 0 {
+		for iNdEx := len(m.Assign) - 1; iNdEx >= 0; iNdEx-- {
+			size, err := m.Assign[iNdEx].MarshalToSizedBufferVT(dAtA[:i])
+			if err != nil {
+				return 0, err
+			}
+			i -= size
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+			i--
+			dAtA[i] = 0xa
+		}
 	}
 	return len(dAtA) - i, nil
-}
-func (m *SchedulerMessage_Outcome) MarshalToVT(dAtA []byte) (int, error) {
-	size := m.SizeVT()
-	return m.MarshalToSizedBufferVT(dAtA[:size])
 }
 
-func (m *SchedulerMessage_Outcome) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
-	i := len(dAtA)
-	if m.Outcome != nil {
-		size, err := m.Outcome.MarshalToSizedBufferVT(dAtA[:i])
-		if err != nil {
-			return 0, err
-		}
-		i -= size
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
-		i--
-		dAtA[i] = 0x2a
-	} else {
-		i = protohelpers.EncodeVarint(dAtA, i, 0)
-		i--
-		dAtA[i] = 0x2a
-	}
-	return len(dAtA) - i, nil
-}
 func (m *Challenge) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil
@@ -5740,6 +6000,11 @@ func (m *Assignment) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.Like != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Like))
+		i--
+		dAtA[i] = 0x70
 	}
 	if m.PriceMicroUsdPerHour != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.PriceMicroUsdPerHour))
@@ -6435,6 +6700,13 @@ func (m *TaskResult) SizeVT() (n int) {
 	if m.Verified {
 		n += 2
 	}
+	if m.Stored != nil {
+		l = m.Stored.SizeVT()
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.ArchiveBytes != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.ArchiveBytes))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -6728,6 +7000,36 @@ func (m *DepositResponse) SizeVT() (n int) {
 	return n
 }
 
+func (m *DepositManyRequest) SizeVT() (n int) {
+	if m == nil {
+		return 0
+	}
+	var l int
+	_ = l
+	l = len(m.Id)
+	if l > 0 {
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if len(m.Deposits) > 0 {
+		for _, e := range m.Deposits {
+			l = e.SizeVT()
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
+	}
+	n += len(m.unknownFields)
+	return n
+}
+
+func (m *DepositManyResponse) SizeVT() (n int) {
+	if m == nil {
+		return 0
+	}
+	var l int
+	_ = l
+	n += len(m.unknownFields)
+	return n
+}
+
 func (m *ListTransfersRequest) SizeVT() (n int) {
 	if m == nil {
 		return 0
@@ -6917,48 +7219,54 @@ func (m *WorkerMessage_Heartbeat) SizeVT() (n int) {
 	}
 	return n
 }
-func (m *WorkerMessage_Started) SizeVT() (n int) {
+func (m *WorkerMessage_Reports) SizeVT() (n int) {
 	if m == nil {
 		return 0
 	}
 	var l int
 	_ = l
-	if m.Started != nil {
-		l = m.Started.SizeVT()
+	if m.Reports != nil {
+		l = m.Reports.SizeVT()
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	} else {
 		n += 3
 	}
 	return n
 }
-func (m *WorkerMessage_Commit) SizeVT() (n int) {
+func (m *Reports) SizeVT() (n int) {
 	if m == nil {
 		return 0
 	}
 	var l int
 	_ = l
-	if m.Commit != nil {
-		l = m.Commit.SizeVT()
-		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
-	} else {
-		n += 3
+	if len(m.Started) > 0 {
+		for _, s := range m.Started {
+			l = len(s)
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
 	}
+	if len(m.Commits) > 0 {
+		for _, e := range m.Commits {
+			l = e.SizeVT()
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
+	}
+	if len(m.Failed) > 0 {
+		for _, e := range m.Failed {
+			l = e.SizeVT()
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
+	}
+	if len(m.Blobs) > 0 {
+		for _, b := range m.Blobs {
+			l = len(b)
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
+	}
+	n += len(m.unknownFields)
 	return n
 }
-func (m *WorkerMessage_Failed) SizeVT() (n int) {
-	if m == nil {
-		return 0
-	}
-	var l int
-	_ = l
-	if m.Failed != nil {
-		l = m.Failed.SizeVT()
-		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
-	} else {
-		n += 3
-	}
-	return n
-}
+
 func (m *WorkerHello) SizeVT() (n int) {
 	if m == nil {
 		return 0
@@ -7056,20 +7364,6 @@ func (m *LogTail) SizeVT() (n int) {
 	return n
 }
 
-func (m *AttemptStarted) SizeVT() (n int) {
-	if m == nil {
-		return 0
-	}
-	var l int
-	_ = l
-	l = len(m.Attempt)
-	if l > 0 {
-		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
-	}
-	n += len(m.unknownFields)
-	return n
-}
-
 func (m *AttemptFailed) SizeVT() (n int) {
 	if m == nil {
 		return 0
@@ -7142,48 +7436,48 @@ func (m *SchedulerMessage_Welcome) SizeVT() (n int) {
 	}
 	return n
 }
-func (m *SchedulerMessage_Assign) SizeVT() (n int) {
+func (m *SchedulerMessage_Orders) SizeVT() (n int) {
 	if m == nil {
 		return 0
 	}
 	var l int
 	_ = l
-	if m.Assign != nil {
-		l = m.Assign.SizeVT()
+	if m.Orders != nil {
+		l = m.Orders.SizeVT()
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	} else {
 		n += 3
 	}
 	return n
 }
-func (m *SchedulerMessage_Stop) SizeVT() (n int) {
+func (m *Orders) SizeVT() (n int) {
 	if m == nil {
 		return 0
 	}
 	var l int
 	_ = l
-	if m.Stop != nil {
-		l = m.Stop.SizeVT()
-		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
-	} else {
-		n += 3
+	if len(m.Assign) > 0 {
+		for _, e := range m.Assign {
+			l = e.SizeVT()
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
 	}
+	if len(m.Stop) > 0 {
+		for _, e := range m.Stop {
+			l = e.SizeVT()
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
+	}
+	if len(m.Outcomes) > 0 {
+		for _, e := range m.Outcomes {
+			l = e.SizeVT()
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
+	}
+	n += len(m.unknownFields)
 	return n
 }
-func (m *SchedulerMessage_Outcome) SizeVT() (n int) {
-	if m == nil {
-		return 0
-	}
-	var l int
-	_ = l
-	if m.Outcome != nil {
-		l = m.Outcome.SizeVT()
-		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
-	} else {
-		n += 3
-	}
-	return n
-}
+
 func (m *Challenge) SizeVT() (n int) {
 	if m == nil {
 		return 0
@@ -7300,6 +7594,9 @@ func (m *Assignment) SizeVT() (n int) {
 	}
 	if m.PriceMicroUsdPerHour != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.PriceMicroUsdPerHour))
+	}
+	if m.Like != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Like))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -9057,6 +9354,61 @@ func (m *TaskResult) UnmarshalVT(dAtA []byte) error {
 				}
 			}
 			m.Verified = bool(v != 0)
+		case 6:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Stored", wireType)
+			}
+			var msglen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				msglen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if msglen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + msglen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			if m.Stored == nil {
+				m.Stored = &Stored{}
+			}
+			if err := m.Stored.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
+			}
+			iNdEx = postIndex
+		case 7:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ArchiveBytes", wireType)
+			}
+			m.ArchiveBytes = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ArchiveBytes |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -10817,6 +11169,174 @@ func (m *DepositResponse) UnmarshalVT(dAtA []byte) error {
 	}
 	return nil
 }
+func (m *DepositManyRequest) UnmarshalVT(dAtA []byte) error {
+	l := len(dAtA)
+	iNdEx := 0
+	for iNdEx < l {
+		preIndex := iNdEx
+		var wire uint64
+		for shift := uint(0); ; shift += 7 {
+			if shift >= 64 {
+				return protohelpers.ErrIntOverflow
+			}
+			if iNdEx >= l {
+				return io.ErrUnexpectedEOF
+			}
+			b := dAtA[iNdEx]
+			iNdEx++
+			wire |= uint64(b&0x7F) << shift
+			if b < 0x80 {
+				break
+			}
+		}
+		fieldNum := int32(wire >> 3)
+		wireType := int(wire & 0x7)
+		if wireType == 4 {
+			return fmt.Errorf("proto: DepositManyRequest: wiretype end group for non-group")
+		}
+		if fieldNum <= 0 {
+			return fmt.Errorf("proto: DepositManyRequest: illegal tag %d (wire type %d)", fieldNum, wire)
+		}
+		switch fieldNum {
+		case 1:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Id", wireType)
+			}
+			var stringLen uint64
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				stringLen |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			intStringLen := int(stringLen)
+			if intStringLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + intStringLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.Id = string(dAtA[iNdEx:postIndex])
+			iNdEx = postIndex
+		case 2:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Deposits", wireType)
+			}
+			var msglen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				msglen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if msglen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + msglen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.Deposits = append(m.Deposits, &Deposit{})
+			if err := m.Deposits[len(m.Deposits)-1].UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
+			}
+			iNdEx = postIndex
+		default:
+			iNdEx = preIndex
+			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
+			if err != nil {
+				return err
+			}
+			if (skippy < 0) || (iNdEx+skippy) < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if (iNdEx + skippy) > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.unknownFields = append(m.unknownFields, dAtA[iNdEx:iNdEx+skippy]...)
+			iNdEx += skippy
+		}
+	}
+
+	if iNdEx > l {
+		return io.ErrUnexpectedEOF
+	}
+	return nil
+}
+func (m *DepositManyResponse) UnmarshalVT(dAtA []byte) error {
+	l := len(dAtA)
+	iNdEx := 0
+	for iNdEx < l {
+		preIndex := iNdEx
+		var wire uint64
+		for shift := uint(0); ; shift += 7 {
+			if shift >= 64 {
+				return protohelpers.ErrIntOverflow
+			}
+			if iNdEx >= l {
+				return io.ErrUnexpectedEOF
+			}
+			b := dAtA[iNdEx]
+			iNdEx++
+			wire |= uint64(b&0x7F) << shift
+			if b < 0x80 {
+				break
+			}
+		}
+		fieldNum := int32(wire >> 3)
+		wireType := int(wire & 0x7)
+		if wireType == 4 {
+			return fmt.Errorf("proto: DepositManyResponse: wiretype end group for non-group")
+		}
+		if fieldNum <= 0 {
+			return fmt.Errorf("proto: DepositManyResponse: illegal tag %d (wire type %d)", fieldNum, wire)
+		}
+		switch fieldNum {
+		default:
+			iNdEx = preIndex
+			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
+			if err != nil {
+				return err
+			}
+			if (skippy < 0) || (iNdEx+skippy) < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if (iNdEx + skippy) > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.unknownFields = append(m.unknownFields, dAtA[iNdEx:iNdEx+skippy]...)
+			iNdEx += skippy
+		}
+	}
+
+	if iNdEx > l {
+		return io.ErrUnexpectedEOF
+	}
+	return nil
+}
 func (m *ListTransfersRequest) UnmarshalVT(dAtA []byte) error {
 	l := len(dAtA)
 	iNdEx := 0
@@ -11816,9 +12336,101 @@ func (m *WorkerMessage) UnmarshalVT(dAtA []byte) error {
 			iNdEx = postIndex
 		case 4:
 			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Reports", wireType)
+			}
+			var msglen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				msglen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if msglen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + msglen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			if oneof, ok := m.Message.(*WorkerMessage_Reports); ok {
+				if err := oneof.Reports.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+					return err
+				}
+			} else {
+				v := &Reports{}
+				if err := v.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+					return err
+				}
+				m.Message = &WorkerMessage_Reports{Reports: v}
+			}
+			iNdEx = postIndex
+		default:
+			iNdEx = preIndex
+			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
+			if err != nil {
+				return err
+			}
+			if (skippy < 0) || (iNdEx+skippy) < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if (iNdEx + skippy) > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.unknownFields = append(m.unknownFields, dAtA[iNdEx:iNdEx+skippy]...)
+			iNdEx += skippy
+		}
+	}
+
+	if iNdEx > l {
+		return io.ErrUnexpectedEOF
+	}
+	return nil
+}
+func (m *Reports) UnmarshalVT(dAtA []byte) error {
+	l := len(dAtA)
+	iNdEx := 0
+	for iNdEx < l {
+		preIndex := iNdEx
+		var wire uint64
+		for shift := uint(0); ; shift += 7 {
+			if shift >= 64 {
+				return protohelpers.ErrIntOverflow
+			}
+			if iNdEx >= l {
+				return io.ErrUnexpectedEOF
+			}
+			b := dAtA[iNdEx]
+			iNdEx++
+			wire |= uint64(b&0x7F) << shift
+			if b < 0x80 {
+				break
+			}
+		}
+		fieldNum := int32(wire >> 3)
+		wireType := int(wire & 0x7)
+		if wireType == 4 {
+			return fmt.Errorf("proto: Reports: wiretype end group for non-group")
+		}
+		if fieldNum <= 0 {
+			return fmt.Errorf("proto: Reports: illegal tag %d (wire type %d)", fieldNum, wire)
+		}
+		switch fieldNum {
+		case 1:
+			if wireType != 2 {
 				return fmt.Errorf("proto: wrong wireType = %d for field Started", wireType)
 			}
-			var msglen int
+			var stringLen uint64
 			for shift := uint(0); ; shift += 7 {
 				if shift >= 64 {
 					return protohelpers.ErrIntOverflow
@@ -11828,36 +12440,27 @@ func (m *WorkerMessage) UnmarshalVT(dAtA []byte) error {
 				}
 				b := dAtA[iNdEx]
 				iNdEx++
-				msglen |= int(b&0x7F) << shift
+				stringLen |= uint64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
 			}
-			if msglen < 0 {
+			intStringLen := int(stringLen)
+			if intStringLen < 0 {
 				return protohelpers.ErrInvalidLength
 			}
-			postIndex := iNdEx + msglen
+			postIndex := iNdEx + intStringLen
 			if postIndex < 0 {
 				return protohelpers.ErrInvalidLength
 			}
 			if postIndex > l {
 				return io.ErrUnexpectedEOF
 			}
-			if oneof, ok := m.Message.(*WorkerMessage_Started); ok {
-				if err := oneof.Started.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-			} else {
-				v := &AttemptStarted{}
-				if err := v.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-				m.Message = &WorkerMessage_Started{Started: v}
-			}
+			m.Started = append(m.Started, string(dAtA[iNdEx:postIndex]))
 			iNdEx = postIndex
-		case 5:
+		case 2:
 			if wireType != 2 {
-				return fmt.Errorf("proto: wrong wireType = %d for field Commit", wireType)
+				return fmt.Errorf("proto: wrong wireType = %d for field Commits", wireType)
 			}
 			var msglen int
 			for shift := uint(0); ; shift += 7 {
@@ -11884,19 +12487,12 @@ func (m *WorkerMessage) UnmarshalVT(dAtA []byte) error {
 			if postIndex > l {
 				return io.ErrUnexpectedEOF
 			}
-			if oneof, ok := m.Message.(*WorkerMessage_Commit); ok {
-				if err := oneof.Commit.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-			} else {
-				v := &Commit{}
-				if err := v.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-				m.Message = &WorkerMessage_Commit{Commit: v}
+			m.Commits = append(m.Commits, &Commit{})
+			if err := m.Commits[len(m.Commits)-1].UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
 			}
 			iNdEx = postIndex
-		case 6:
+		case 3:
 			if wireType != 2 {
 				return fmt.Errorf("proto: wrong wireType = %d for field Failed", wireType)
 			}
@@ -11925,17 +12521,42 @@ func (m *WorkerMessage) UnmarshalVT(dAtA []byte) error {
 			if postIndex > l {
 				return io.ErrUnexpectedEOF
 			}
-			if oneof, ok := m.Message.(*WorkerMessage_Failed); ok {
-				if err := oneof.Failed.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-			} else {
-				v := &AttemptFailed{}
-				if err := v.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-				m.Message = &WorkerMessage_Failed{Failed: v}
+			m.Failed = append(m.Failed, &AttemptFailed{})
+			if err := m.Failed[len(m.Failed)-1].UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
 			}
+			iNdEx = postIndex
+		case 4:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Blobs", wireType)
+			}
+			var byteLen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				byteLen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if byteLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + byteLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.Blobs = append(m.Blobs, make([]byte, postIndex-iNdEx))
+			copy(m.Blobs[len(m.Blobs)-1], dAtA[iNdEx:postIndex])
 			iNdEx = postIndex
 		default:
 			iNdEx = preIndex
@@ -12554,89 +13175,6 @@ func (m *LogTail) UnmarshalVT(dAtA []byte) error {
 	}
 	return nil
 }
-func (m *AttemptStarted) UnmarshalVT(dAtA []byte) error {
-	l := len(dAtA)
-	iNdEx := 0
-	for iNdEx < l {
-		preIndex := iNdEx
-		var wire uint64
-		for shift := uint(0); ; shift += 7 {
-			if shift >= 64 {
-				return protohelpers.ErrIntOverflow
-			}
-			if iNdEx >= l {
-				return io.ErrUnexpectedEOF
-			}
-			b := dAtA[iNdEx]
-			iNdEx++
-			wire |= uint64(b&0x7F) << shift
-			if b < 0x80 {
-				break
-			}
-		}
-		fieldNum := int32(wire >> 3)
-		wireType := int(wire & 0x7)
-		if wireType == 4 {
-			return fmt.Errorf("proto: AttemptStarted: wiretype end group for non-group")
-		}
-		if fieldNum <= 0 {
-			return fmt.Errorf("proto: AttemptStarted: illegal tag %d (wire type %d)", fieldNum, wire)
-		}
-		switch fieldNum {
-		case 1:
-			if wireType != 2 {
-				return fmt.Errorf("proto: wrong wireType = %d for field Attempt", wireType)
-			}
-			var stringLen uint64
-			for shift := uint(0); ; shift += 7 {
-				if shift >= 64 {
-					return protohelpers.ErrIntOverflow
-				}
-				if iNdEx >= l {
-					return io.ErrUnexpectedEOF
-				}
-				b := dAtA[iNdEx]
-				iNdEx++
-				stringLen |= uint64(b&0x7F) << shift
-				if b < 0x80 {
-					break
-				}
-			}
-			intStringLen := int(stringLen)
-			if intStringLen < 0 {
-				return protohelpers.ErrInvalidLength
-			}
-			postIndex := iNdEx + intStringLen
-			if postIndex < 0 {
-				return protohelpers.ErrInvalidLength
-			}
-			if postIndex > l {
-				return io.ErrUnexpectedEOF
-			}
-			m.Attempt = string(dAtA[iNdEx:postIndex])
-			iNdEx = postIndex
-		default:
-			iNdEx = preIndex
-			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
-			if err != nil {
-				return err
-			}
-			if (skippy < 0) || (iNdEx+skippy) < 0 {
-				return protohelpers.ErrInvalidLength
-			}
-			if (iNdEx + skippy) > l {
-				return io.ErrUnexpectedEOF
-			}
-			m.unknownFields = append(m.unknownFields, dAtA[iNdEx:iNdEx+skippy]...)
-			iNdEx += skippy
-		}
-	}
-
-	if iNdEx > l {
-		return io.ErrUnexpectedEOF
-	}
-	return nil
-}
 func (m *AttemptFailed) UnmarshalVT(dAtA []byte) error {
 	l := len(dAtA)
 	iNdEx := 0
@@ -12955,6 +13493,98 @@ func (m *SchedulerMessage) UnmarshalVT(dAtA []byte) error {
 			iNdEx = postIndex
 		case 3:
 			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Orders", wireType)
+			}
+			var msglen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				msglen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if msglen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + msglen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			if oneof, ok := m.Message.(*SchedulerMessage_Orders); ok {
+				if err := oneof.Orders.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+					return err
+				}
+			} else {
+				v := &Orders{}
+				if err := v.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+					return err
+				}
+				m.Message = &SchedulerMessage_Orders{Orders: v}
+			}
+			iNdEx = postIndex
+		default:
+			iNdEx = preIndex
+			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
+			if err != nil {
+				return err
+			}
+			if (skippy < 0) || (iNdEx+skippy) < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if (iNdEx + skippy) > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.unknownFields = append(m.unknownFields, dAtA[iNdEx:iNdEx+skippy]...)
+			iNdEx += skippy
+		}
+	}
+
+	if iNdEx > l {
+		return io.ErrUnexpectedEOF
+	}
+	return nil
+}
+func (m *Orders) UnmarshalVT(dAtA []byte) error {
+	l := len(dAtA)
+	iNdEx := 0
+	for iNdEx < l {
+		preIndex := iNdEx
+		var wire uint64
+		for shift := uint(0); ; shift += 7 {
+			if shift >= 64 {
+				return protohelpers.ErrIntOverflow
+			}
+			if iNdEx >= l {
+				return io.ErrUnexpectedEOF
+			}
+			b := dAtA[iNdEx]
+			iNdEx++
+			wire |= uint64(b&0x7F) << shift
+			if b < 0x80 {
+				break
+			}
+		}
+		fieldNum := int32(wire >> 3)
+		wireType := int(wire & 0x7)
+		if wireType == 4 {
+			return fmt.Errorf("proto: Orders: wiretype end group for non-group")
+		}
+		if fieldNum <= 0 {
+			return fmt.Errorf("proto: Orders: illegal tag %d (wire type %d)", fieldNum, wire)
+		}
+		switch fieldNum {
+		case 1:
+			if wireType != 2 {
 				return fmt.Errorf("proto: wrong wireType = %d for field Assign", wireType)
 			}
 			var msglen int
@@ -12982,19 +13612,12 @@ func (m *SchedulerMessage) UnmarshalVT(dAtA []byte) error {
 			if postIndex > l {
 				return io.ErrUnexpectedEOF
 			}
-			if oneof, ok := m.Message.(*SchedulerMessage_Assign); ok {
-				if err := oneof.Assign.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-			} else {
-				v := &Assignment{}
-				if err := v.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-				m.Message = &SchedulerMessage_Assign{Assign: v}
+			m.Assign = append(m.Assign, &Assignment{})
+			if err := m.Assign[len(m.Assign)-1].UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
 			}
 			iNdEx = postIndex
-		case 4:
+		case 2:
 			if wireType != 2 {
 				return fmt.Errorf("proto: wrong wireType = %d for field Stop", wireType)
 			}
@@ -13023,21 +13646,14 @@ func (m *SchedulerMessage) UnmarshalVT(dAtA []byte) error {
 			if postIndex > l {
 				return io.ErrUnexpectedEOF
 			}
-			if oneof, ok := m.Message.(*SchedulerMessage_Stop); ok {
-				if err := oneof.Stop.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-			} else {
-				v := &Stop{}
-				if err := v.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-				m.Message = &SchedulerMessage_Stop{Stop: v}
+			m.Stop = append(m.Stop, &Stop{})
+			if err := m.Stop[len(m.Stop)-1].UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
 			}
 			iNdEx = postIndex
-		case 5:
+		case 3:
 			if wireType != 2 {
-				return fmt.Errorf("proto: wrong wireType = %d for field Outcome", wireType)
+				return fmt.Errorf("proto: wrong wireType = %d for field Outcomes", wireType)
 			}
 			var msglen int
 			for shift := uint(0); ; shift += 7 {
@@ -13064,16 +13680,9 @@ func (m *SchedulerMessage) UnmarshalVT(dAtA []byte) error {
 			if postIndex > l {
 				return io.ErrUnexpectedEOF
 			}
-			if oneof, ok := m.Message.(*SchedulerMessage_Outcome); ok {
-				if err := oneof.Outcome.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-			} else {
-				v := &Outcome{}
-				if err := v.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-					return err
-				}
-				m.Message = &SchedulerMessage_Outcome{Outcome: v}
+			m.Outcomes = append(m.Outcomes, &Outcome{})
+			if err := m.Outcomes[len(m.Outcomes)-1].UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
 			}
 			iNdEx = postIndex
 		default:
@@ -13850,6 +14459,25 @@ func (m *Assignment) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.PriceMicroUsdPerHour |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 14:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Like", wireType)
+			}
+			m.Like = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Like |= uint32(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}

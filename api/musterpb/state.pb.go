@@ -1468,8 +1468,9 @@ type Attempt struct {
 	Blame                Blame                  `protobuf:"varint,21,opt,name=blame,proto3,enum=muster.v1.Blame" json:"blame,omitempty"`
 	ExitCode             int32                  `protobuf:"varint,22,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	LogDigest            string                 `protobuf:"bytes,23,opt,name=log_digest,json=logDigest,proto3" json:"log_digest,omitempty"`
-	Batch                uint64                 `protobuf:"varint,24,opt,name=batch,proto3" json:"batch,omitempty"` // epoch of its draw
-	Hold                 uint64                 `protobuf:"varint,25,opt,name=hold,proto3" json:"hold,omitempty"`   // ledger transfer
+	Batch                uint64                 `protobuf:"varint,24,opt,name=batch,proto3" json:"batch,omitempty"`  // epoch of its draw
+	Hold                 uint64                 `protobuf:"varint,25,opt,name=hold,proto3" json:"hold,omitempty"`    // ledger transfer
+	Stored               *Stored                `protobuf:"bytes,26,opt,name=stored,proto3" json:"stored,omitempty"` // unset: the manifest and the outputs are blobs of their own
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -1679,6 +1680,13 @@ func (x *Attempt) GetHold() uint64 {
 	return 0
 }
 
+func (x *Attempt) GetStored() *Stored {
+	if x != nil {
+		return x.Stored
+	}
+	return nil
+}
+
 // Commit is what a worker signs: from here on it is bound to its outputs.
 type Commit struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -1688,8 +1696,11 @@ type Commit struct {
 	ArchiveDigest  string                 `protobuf:"bytes,4,opt,name=archive_digest,json=archiveDigest,proto3" json:"archive_digest,omitempty"`    // blob with the outputs
 	ArchiveBytes   int64                  `protobuf:"varint,5,opt,name=archive_bytes,json=archiveBytes,proto3" json:"archive_bytes,omitempty"`
 	OutputBytes    int64                  `protobuf:"varint,6,opt,name=output_bytes,json=outputBytes,proto3" json:"output_bytes,omitempty"`
-	Signature      []byte                 `protobuf:"bytes,7,opt,name=signature,proto3" json:"signature,omitempty"` // Ed25519, by the worker
+	Signature      []byte                 `protobuf:"bytes,7,opt,name=signature,proto3" json:"signature,omitempty"` // Ed25519, by the worker, over the root of a Merkle tree (RFC 6962) of commits
 	LogDigest      string                 `protobuf:"bytes,8,opt,name=log_digest,json=logDigest,proto3" json:"log_digest,omitempty"`
+	Leaf           uint64                 `protobuf:"varint,9,opt,name=leaf,proto3" json:"leaf,omitempty"`      // this commit's place in that tree
+	Leaves         uint64                 `protobuf:"varint,10,opt,name=leaves,proto3" json:"leaves,omitempty"` // how many commits were signed together
+	Path           [][]byte               `protobuf:"bytes,11,rep,name=path,proto3" json:"path,omitempty"`      // inclusion proof
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1780,6 +1791,97 @@ func (x *Commit) GetLogDigest() string {
 	return ""
 }
 
+func (x *Commit) GetLeaf() uint64 {
+	if x != nil {
+		return x.Leaf
+	}
+	return 0
+}
+
+func (x *Commit) GetLeaves() uint64 {
+	if x != nil {
+		return x.Leaves
+	}
+	return 0
+}
+
+func (x *Commit) GetPath() [][]byte {
+	if x != nil {
+		return x.Path
+	}
+	return nil
+}
+
+// Stored is where a small result lies: inside a bundle, a blob that holds those
+// of several attempts of one account.
+type Stored struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Bundle         string                 `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"` // digest
+	ManifestOffset int64                  `protobuf:"varint,2,opt,name=manifest_offset,json=manifestOffset,proto3" json:"manifest_offset,omitempty"`
+	ManifestBytes  int64                  `protobuf:"varint,3,opt,name=manifest_bytes,json=manifestBytes,proto3" json:"manifest_bytes,omitempty"`
+	ArchiveOffset  int64                  `protobuf:"varint,4,opt,name=archive_offset,json=archiveOffset,proto3" json:"archive_offset,omitempty"` // Commit.archive_bytes of them
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Stored) Reset() {
+	*x = Stored{}
+	mi := &file_muster_v1_state_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Stored) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Stored) ProtoMessage() {}
+
+func (x *Stored) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_state_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Stored.ProtoReflect.Descriptor instead.
+func (*Stored) Descriptor() ([]byte, []int) {
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Stored) GetBundle() string {
+	if x != nil {
+		return x.Bundle
+	}
+	return ""
+}
+
+func (x *Stored) GetManifestOffset() int64 {
+	if x != nil {
+		return x.ManifestOffset
+	}
+	return 0
+}
+
+func (x *Stored) GetManifestBytes() int64 {
+	if x != nil {
+		return x.ManifestBytes
+	}
+	return 0
+}
+
+func (x *Stored) GetArchiveOffset() int64 {
+	if x != nil {
+		return x.ArchiveOffset
+	}
+	return 0
+}
+
 // Manifest lists the outputs of an attempt, item by item, in order of index.
 type Manifest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1791,7 +1893,7 @@ type Manifest struct {
 
 func (x *Manifest) Reset() {
 	*x = Manifest{}
-	mi := &file_muster_v1_state_proto_msgTypes[11]
+	mi := &file_muster_v1_state_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1803,7 +1905,7 @@ func (x *Manifest) String() string {
 func (*Manifest) ProtoMessage() {}
 
 func (x *Manifest) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[11]
+	mi := &file_muster_v1_state_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1816,7 +1918,7 @@ func (x *Manifest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Manifest.ProtoReflect.Descriptor instead.
 func (*Manifest) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{11}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Manifest) GetAttempt() string {
@@ -1849,7 +1951,7 @@ type ManifestItem struct {
 
 func (x *ManifestItem) Reset() {
 	*x = ManifestItem{}
-	mi := &file_muster_v1_state_proto_msgTypes[12]
+	mi := &file_muster_v1_state_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1861,7 +1963,7 @@ func (x *ManifestItem) String() string {
 func (*ManifestItem) ProtoMessage() {}
 
 func (x *ManifestItem) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[12]
+	mi := &file_muster_v1_state_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1874,7 +1976,7 @@ func (x *ManifestItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ManifestItem.ProtoReflect.Descriptor instead.
 func (*ManifestItem) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{12}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ManifestItem) GetIndex() uint64 {
@@ -1955,7 +2057,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_muster_v1_state_proto_msgTypes[13]
+	mi := &file_muster_v1_state_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1967,7 +2069,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[13]
+	mi := &file_muster_v1_state_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1980,7 +2082,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{13}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Check) GetId() string {
@@ -2080,7 +2182,7 @@ type Comparison struct {
 
 func (x *Comparison) Reset() {
 	*x = Comparison{}
-	mi := &file_muster_v1_state_proto_msgTypes[14]
+	mi := &file_muster_v1_state_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2092,7 +2194,7 @@ func (x *Comparison) String() string {
 func (*Comparison) ProtoMessage() {}
 
 func (x *Comparison) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[14]
+	mi := &file_muster_v1_state_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2105,7 +2207,7 @@ func (x *Comparison) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Comparison.ProtoReflect.Descriptor instead.
 func (*Comparison) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{14}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Comparison) GetA() string {
@@ -2154,7 +2256,7 @@ type Batch struct {
 
 func (x *Batch) Reset() {
 	*x = Batch{}
-	mi := &file_muster_v1_state_proto_msgTypes[15]
+	mi := &file_muster_v1_state_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2166,7 +2268,7 @@ func (x *Batch) String() string {
 func (*Batch) ProtoMessage() {}
 
 func (x *Batch) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[15]
+	mi := &file_muster_v1_state_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2179,7 +2281,7 @@ func (x *Batch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Batch.ProtoReflect.Descriptor instead.
 func (*Batch) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{15}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Batch) GetEpoch() uint64 {
@@ -2256,7 +2358,7 @@ type Reveal struct {
 
 func (x *Reveal) Reset() {
 	*x = Reveal{}
-	mi := &file_muster_v1_state_proto_msgTypes[16]
+	mi := &file_muster_v1_state_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2268,7 +2370,7 @@ func (x *Reveal) String() string {
 func (*Reveal) ProtoMessage() {}
 
 func (x *Reveal) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[16]
+	mi := &file_muster_v1_state_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2281,7 +2383,7 @@ func (x *Reveal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reveal.ProtoReflect.Descriptor instead.
 func (*Reveal) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{16}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Reveal) GetNode() string {
@@ -2323,7 +2425,7 @@ type Transfer struct {
 
 func (x *Transfer) Reset() {
 	*x = Transfer{}
-	mi := &file_muster_v1_state_proto_msgTypes[17]
+	mi := &file_muster_v1_state_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2335,7 +2437,7 @@ func (x *Transfer) String() string {
 func (*Transfer) ProtoMessage() {}
 
 func (x *Transfer) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[17]
+	mi := &file_muster_v1_state_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2348,7 +2450,7 @@ func (x *Transfer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transfer.ProtoReflect.Descriptor instead.
 func (*Transfer) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{17}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Transfer) GetId() uint64 {
@@ -2414,6 +2516,124 @@ func (x *Transfer) GetPending() uint64 {
 	return 0
 }
 
+// Segment is a sealed blob of finished work: jobs with all that belongs to
+// them, transfers and batches.
+type Segment struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Digest           string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Bytes            int64                  `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Level            uint32                 `protobuf:"varint,3,opt,name=level,proto3" json:"level,omitempty"` // how often its content was merged
+	Jobs             uint64                 `protobuf:"varint,4,opt,name=jobs,proto3" json:"jobs,omitempty"`
+	FirstEndedUnixMs int64                  `protobuf:"varint,5,opt,name=first_ended_unix_ms,json=firstEndedUnixMs,proto3" json:"first_ended_unix_ms,omitempty"` // of its jobs
+	LastEndedUnixMs  int64                  `protobuf:"varint,6,opt,name=last_ended_unix_ms,json=lastEndedUnixMs,proto3" json:"last_ended_unix_ms,omitempty"`
+	FirstTransfer    uint64                 `protobuf:"varint,7,opt,name=first_transfer,json=firstTransfer,proto3" json:"first_transfer,omitempty"` // 0: none
+	LastTransfer     uint64                 `protobuf:"varint,8,opt,name=last_transfer,json=lastTransfer,proto3" json:"last_transfer,omitempty"`
+	FirstEpoch       uint64                 `protobuf:"varint,9,opt,name=first_epoch,json=firstEpoch,proto3" json:"first_epoch,omitempty"` // 0: none
+	LastEpoch        uint64                 `protobuf:"varint,10,opt,name=last_epoch,json=lastEpoch,proto3" json:"last_epoch,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *Segment) Reset() {
+	*x = Segment{}
+	mi := &file_muster_v1_state_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Segment) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Segment) ProtoMessage() {}
+
+func (x *Segment) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_state_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Segment.ProtoReflect.Descriptor instead.
+func (*Segment) Descriptor() ([]byte, []int) {
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *Segment) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Segment) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Segment) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *Segment) GetJobs() uint64 {
+	if x != nil {
+		return x.Jobs
+	}
+	return 0
+}
+
+func (x *Segment) GetFirstEndedUnixMs() int64 {
+	if x != nil {
+		return x.FirstEndedUnixMs
+	}
+	return 0
+}
+
+func (x *Segment) GetLastEndedUnixMs() int64 {
+	if x != nil {
+		return x.LastEndedUnixMs
+	}
+	return 0
+}
+
+func (x *Segment) GetFirstTransfer() uint64 {
+	if x != nil {
+		return x.FirstTransfer
+	}
+	return 0
+}
+
+func (x *Segment) GetLastTransfer() uint64 {
+	if x != nil {
+		return x.LastTransfer
+	}
+	return 0
+}
+
+func (x *Segment) GetFirstEpoch() uint64 {
+	if x != nil {
+		return x.FirstEpoch
+	}
+	return 0
+}
+
+func (x *Segment) GetLastEpoch() uint64 {
+	if x != nil {
+		return x.LastEpoch
+	}
+	return 0
+}
+
 type Answered struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Command       string                 `protobuf:"bytes,1,opt,name=command,proto3" json:"command,omitempty"`
@@ -2424,7 +2644,7 @@ type Answered struct {
 
 func (x *Answered) Reset() {
 	*x = Answered{}
-	mi := &file_muster_v1_state_proto_msgTypes[18]
+	mi := &file_muster_v1_state_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2436,7 +2656,7 @@ func (x *Answered) String() string {
 func (*Answered) ProtoMessage() {}
 
 func (x *Answered) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[18]
+	mi := &file_muster_v1_state_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2449,7 +2669,7 @@ func (x *Answered) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answered.ProtoReflect.Descriptor instead.
 func (*Answered) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{18}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Answered) GetCommand() string {
@@ -2478,7 +2698,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_muster_v1_state_proto_msgTypes[19]
+	mi := &file_muster_v1_state_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2490,7 +2710,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[19]
+	mi := &file_muster_v1_state_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2503,7 +2723,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{19}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Answer) GetErrorKind() uint32 {
@@ -2536,13 +2756,15 @@ type SnapshotHeader struct {
 	OpenBatch        []string               `protobuf:"bytes,5,rep,name=open_batch,json=openBatch,proto3" json:"open_batch,omitempty"`
 	Cluster          string                 `protobuf:"bytes,6,opt,name=cluster,proto3" json:"cluster,omitempty"`
 	TimeUnixMs       int64                  `protobuf:"varint,7,opt,name=time_unix_ms,json=timeUnixMs,proto3" json:"time_unix_ms,omitempty"`
+	SealedTransfer   uint64                 `protobuf:"varint,8,opt,name=sealed_transfer,json=sealedTransfer,proto3" json:"sealed_transfer,omitempty"` // transfers up to this one are in segments
+	SealedEpoch      uint64                 `protobuf:"varint,9,opt,name=sealed_epoch,json=sealedEpoch,proto3" json:"sealed_epoch,omitempty"`          // so are batches
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
 
 func (x *SnapshotHeader) Reset() {
 	*x = SnapshotHeader{}
-	mi := &file_muster_v1_state_proto_msgTypes[20]
+	mi := &file_muster_v1_state_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2554,7 +2776,7 @@ func (x *SnapshotHeader) String() string {
 func (*SnapshotHeader) ProtoMessage() {}
 
 func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[20]
+	mi := &file_muster_v1_state_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2567,7 +2789,7 @@ func (x *SnapshotHeader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotHeader.ProtoReflect.Descriptor instead.
 func (*SnapshotHeader) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{20}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SnapshotHeader) GetFormat() uint32 {
@@ -2619,6 +2841,20 @@ func (x *SnapshotHeader) GetTimeUnixMs() int64 {
 	return 0
 }
 
+func (x *SnapshotHeader) GetSealedTransfer() uint64 {
+	if x != nil {
+		return x.SealedTransfer
+	}
+	return 0
+}
+
+func (x *SnapshotHeader) GetSealedEpoch() uint64 {
+	if x != nil {
+		return x.SealedEpoch
+	}
+	return 0
+}
+
 type SnapshotRecord struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Record:
@@ -2637,6 +2873,8 @@ type SnapshotRecord struct {
 	//	*SnapshotRecord_Track
 	//	*SnapshotRecord_Answered
 	//	*SnapshotRecord_End
+	//	*SnapshotRecord_Segment
+	//	*SnapshotRecord_LedgerAccount
 	Record        isSnapshotRecord_Record `protobuf_oneof:"record"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2644,7 +2882,7 @@ type SnapshotRecord struct {
 
 func (x *SnapshotRecord) Reset() {
 	*x = SnapshotRecord{}
-	mi := &file_muster_v1_state_proto_msgTypes[21]
+	mi := &file_muster_v1_state_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2656,7 +2894,7 @@ func (x *SnapshotRecord) String() string {
 func (*SnapshotRecord) ProtoMessage() {}
 
 func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[21]
+	mi := &file_muster_v1_state_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2669,7 +2907,7 @@ func (x *SnapshotRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRecord.ProtoReflect.Descriptor instead.
 func (*SnapshotRecord) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{21}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SnapshotRecord) GetRecord() isSnapshotRecord_Record {
@@ -2805,6 +3043,24 @@ func (x *SnapshotRecord) GetEnd() *SnapshotEnd {
 	return nil
 }
 
+func (x *SnapshotRecord) GetSegment() *Segment {
+	if x != nil {
+		if x, ok := x.Record.(*SnapshotRecord_Segment); ok {
+			return x.Segment
+		}
+	}
+	return nil
+}
+
+func (x *SnapshotRecord) GetLedgerAccount() *LedgerAccount {
+	if x != nil {
+		if x, ok := x.Record.(*SnapshotRecord_LedgerAccount); ok {
+			return x.LedgerAccount
+		}
+	}
+	return nil
+}
+
 type isSnapshotRecord_Record interface {
 	isSnapshotRecord_Record()
 }
@@ -2865,6 +3121,14 @@ type SnapshotRecord_End struct {
 	End *SnapshotEnd `protobuf:"bytes,14,opt,name=end,proto3,oneof"`
 }
 
+type SnapshotRecord_Segment struct {
+	Segment *Segment `protobuf:"bytes,15,opt,name=segment,proto3,oneof"`
+}
+
+type SnapshotRecord_LedgerAccount struct {
+	LedgerAccount *LedgerAccount `protobuf:"bytes,16,opt,name=ledger_account,json=ledgerAccount,proto3,oneof"`
+}
+
 func (*SnapshotRecord_Header) isSnapshotRecord_Record() {}
 
 func (*SnapshotRecord_Account) isSnapshotRecord_Record() {}
@@ -2893,6 +3157,104 @@ func (*SnapshotRecord_Answered) isSnapshotRecord_Record() {}
 
 func (*SnapshotRecord_End) isSnapshotRecord_Record() {}
 
+func (*SnapshotRecord_Segment) isSnapshotRecord_Record() {}
+
+func (*SnapshotRecord_LedgerAccount) isSnapshotRecord_Record() {}
+
+// LedgerAccount is the money of one ledger account, with totals of what was
+// moved, whose transfers may be sealed by now.
+type LedgerAccount struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Name              string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	BalanceMicroUsd   int64                  `protobuf:"varint,2,opt,name=balance_micro_usd,json=balanceMicroUsd,proto3" json:"balance_micro_usd,omitempty"`
+	HeldMicroUsd      int64                  `protobuf:"varint,3,opt,name=held_micro_usd,json=heldMicroUsd,proto3" json:"held_micro_usd,omitempty"`
+	ExpectedMicroUsd  int64                  `protobuf:"varint,4,opt,name=expected_micro_usd,json=expectedMicroUsd,proto3" json:"expected_micro_usd,omitempty"`
+	DepositedMicroUsd int64                  `protobuf:"varint,5,opt,name=deposited_micro_usd,json=depositedMicroUsd,proto3" json:"deposited_micro_usd,omitempty"`
+	EarnedMicroUsd    int64                  `protobuf:"varint,6,opt,name=earned_micro_usd,json=earnedMicroUsd,proto3" json:"earned_micro_usd,omitempty"`
+	SpentMicroUsd     int64                  `protobuf:"varint,7,opt,name=spent_micro_usd,json=spentMicroUsd,proto3" json:"spent_micro_usd,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *LedgerAccount) Reset() {
+	*x = LedgerAccount{}
+	mi := &file_muster_v1_state_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LedgerAccount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LedgerAccount) ProtoMessage() {}
+
+func (x *LedgerAccount) ProtoReflect() protoreflect.Message {
+	mi := &file_muster_v1_state_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LedgerAccount.ProtoReflect.Descriptor instead.
+func (*LedgerAccount) Descriptor() ([]byte, []int) {
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *LedgerAccount) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *LedgerAccount) GetBalanceMicroUsd() int64 {
+	if x != nil {
+		return x.BalanceMicroUsd
+	}
+	return 0
+}
+
+func (x *LedgerAccount) GetHeldMicroUsd() int64 {
+	if x != nil {
+		return x.HeldMicroUsd
+	}
+	return 0
+}
+
+func (x *LedgerAccount) GetExpectedMicroUsd() int64 {
+	if x != nil {
+		return x.ExpectedMicroUsd
+	}
+	return 0
+}
+
+func (x *LedgerAccount) GetDepositedMicroUsd() int64 {
+	if x != nil {
+		return x.DepositedMicroUsd
+	}
+	return 0
+}
+
+func (x *LedgerAccount) GetEarnedMicroUsd() int64 {
+	if x != nil {
+		return x.EarnedMicroUsd
+	}
+	return 0
+}
+
+func (x *LedgerAccount) GetSpentMicroUsd() int64 {
+	if x != nil {
+		return x.SpentMicroUsd
+	}
+	return 0
+}
+
 // SnapshotEnd proves that a snapshot was not cut short.
 type SnapshotEnd struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2904,7 +3266,7 @@ type SnapshotEnd struct {
 
 func (x *SnapshotEnd) Reset() {
 	*x = SnapshotEnd{}
-	mi := &file_muster_v1_state_proto_msgTypes[22]
+	mi := &file_muster_v1_state_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2916,7 +3278,7 @@ func (x *SnapshotEnd) String() string {
 func (*SnapshotEnd) ProtoMessage() {}
 
 func (x *SnapshotEnd) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_state_proto_msgTypes[22]
+	mi := &file_muster_v1_state_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2929,7 +3291,7 @@ func (x *SnapshotEnd) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotEnd.ProtoReflect.Descriptor instead.
 func (*SnapshotEnd) Descriptor() ([]byte, []int) {
-	return file_muster_v1_state_proto_rawDescGZIP(), []int{22}
+	return file_muster_v1_state_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SnapshotEnd) GetRecords() uint64 {
@@ -3058,7 +3420,7 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x0elast_exit_code\x18\b \x01(\x05R\flastExitCode\x12(\n" +
 	"\x10last_exit_owners\x18\t \x03(\tR\x0elastExitOwners\x12\x16\n" +
 	"\x06losses\x18\n" +
-	" \x01(\rR\x06losses\"\x81\x06\n" +
+	" \x01(\rR\x06losses\"\xac\x06\n" +
 	"\aAttempt\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03job\x18\x02 \x01(\tR\x03job\x12\x12\n" +
@@ -3086,7 +3448,8 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\n" +
 	"log_digest\x18\x17 \x01(\tR\tlogDigest\x12\x14\n" +
 	"\x05batch\x18\x18 \x01(\x04R\x05batch\x12\x12\n" +
-	"\x04hold\x18\x19 \x01(\x04R\x04hold\"\x8b\x02\n" +
+	"\x04hold\x18\x19 \x01(\x04R\x04hold\x12)\n" +
+	"\x06stored\x18\x1a \x01(\v2\x11.muster.v1.StoredR\x06stored\"\xcb\x02\n" +
 	"\x06Commit\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\fR\x04root\x12'\n" +
@@ -3096,7 +3459,16 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\foutput_bytes\x18\x06 \x01(\x03R\voutputBytes\x12\x1c\n" +
 	"\tsignature\x18\a \x01(\fR\tsignature\x12\x1d\n" +
 	"\n" +
-	"log_digest\x18\b \x01(\tR\tlogDigest\"S\n" +
+	"log_digest\x18\b \x01(\tR\tlogDigest\x12\x12\n" +
+	"\x04leaf\x18\t \x01(\x04R\x04leaf\x12\x16\n" +
+	"\x06leaves\x18\n" +
+	" \x01(\x04R\x06leaves\x12\x12\n" +
+	"\x04path\x18\v \x03(\fR\x04path\"\x97\x01\n" +
+	"\x06Stored\x12\x16\n" +
+	"\x06bundle\x18\x01 \x01(\tR\x06bundle\x12'\n" +
+	"\x0fmanifest_offset\x18\x02 \x01(\x03R\x0emanifestOffset\x12%\n" +
+	"\x0emanifest_bytes\x18\x03 \x01(\x03R\rmanifestBytes\x12%\n" +
+	"\x0earchive_offset\x18\x04 \x01(\x03R\rarchiveOffset\"S\n" +
 	"\bManifest\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12-\n" +
 	"\x05items\x18\x02 \x03(\v2\x17.muster.v1.ManifestItemR\x05items\"\x82\x02\n" +
@@ -3154,7 +3526,21 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x10amount_micro_usd\x18\x06 \x01(\x03R\x0eamountMicroUsd\x12\x10\n" +
 	"\x03ref\x18\a \x01(\tR\x03ref\x12\x12\n" +
 	"\x04memo\x18\b \x01(\tR\x04memo\x12\x18\n" +
-	"\apending\x18\t \x01(\x04R\apending\"O\n" +
+	"\apending\x18\t \x01(\x04R\apending\"\xc9\x02\n" +
+	"\aSegment\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\x12\x14\n" +
+	"\x05level\x18\x03 \x01(\rR\x05level\x12\x12\n" +
+	"\x04jobs\x18\x04 \x01(\x04R\x04jobs\x12-\n" +
+	"\x13first_ended_unix_ms\x18\x05 \x01(\x03R\x10firstEndedUnixMs\x12+\n" +
+	"\x12last_ended_unix_ms\x18\x06 \x01(\x03R\x0flastEndedUnixMs\x12%\n" +
+	"\x0efirst_transfer\x18\a \x01(\x04R\rfirstTransfer\x12#\n" +
+	"\rlast_transfer\x18\b \x01(\x04R\flastTransfer\x12\x1f\n" +
+	"\vfirst_epoch\x18\t \x01(\x04R\n" +
+	"firstEpoch\x12\x1d\n" +
+	"\n" +
+	"last_epoch\x18\n" +
+	" \x01(\x04R\tlastEpoch\"O\n" +
 	"\bAnswered\x12\x18\n" +
 	"\acommand\x18\x01 \x01(\tR\acommand\x12)\n" +
 	"\x06answer\x18\x02 \x01(\v2\x11.muster.v1.AnswerR\x06answer\"M\n" +
@@ -3162,7 +3548,7 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\n" +
 	"error_kind\x18\x01 \x01(\rR\terrorKind\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x0e\n" +
-	"\x02id\x18\x03 \x01(\tR\x02id\"\xe9\x01\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\"\xb5\x02\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12!\n" +
 	"\fjob_sequence\x18\x02 \x01(\x04R\vjobSequence\x12+\n" +
@@ -3172,7 +3558,9 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"open_batch\x18\x05 \x03(\tR\topenBatch\x12\x18\n" +
 	"\acluster\x18\x06 \x01(\tR\acluster\x12 \n" +
 	"\ftime_unix_ms\x18\a \x01(\x03R\n" +
-	"timeUnixMs\"\x83\x05\n" +
+	"timeUnixMs\x12'\n" +
+	"\x0fsealed_transfer\x18\b \x01(\x04R\x0esealedTransfer\x12!\n" +
+	"\fsealed_epoch\x18\t \x01(\x04R\vsealedEpoch\"\xf6\x05\n" +
 	"\x0eSnapshotRecord\x123\n" +
 	"\x06header\x18\x01 \x01(\v2\x19.muster.v1.SnapshotHeaderH\x00R\x06header\x12.\n" +
 	"\aaccount\x18\x02 \x01(\v2\x12.muster.v1.AccountH\x00R\aaccount\x12\"\n" +
@@ -3188,8 +3576,18 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\btransfer\x18\v \x01(\v2\x13.muster.v1.TransferH\x00R\btransfer\x12)\n" +
 	"\x05track\x18\f \x01(\v2\x11.muster.v1.RecordH\x00R\x05track\x121\n" +
 	"\banswered\x18\r \x01(\v2\x13.muster.v1.AnsweredH\x00R\banswered\x12*\n" +
-	"\x03end\x18\x0e \x01(\v2\x16.muster.v1.SnapshotEndH\x00R\x03endB\b\n" +
-	"\x06record\"?\n" +
+	"\x03end\x18\x0e \x01(\v2\x16.muster.v1.SnapshotEndH\x00R\x03end\x12.\n" +
+	"\asegment\x18\x0f \x01(\v2\x12.muster.v1.SegmentH\x00R\asegment\x12A\n" +
+	"\x0eledger_account\x18\x10 \x01(\v2\x18.muster.v1.LedgerAccountH\x00R\rledgerAccountB\b\n" +
+	"\x06record\"\xa5\x02\n" +
+	"\rLedgerAccount\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12*\n" +
+	"\x11balance_micro_usd\x18\x02 \x01(\x03R\x0fbalanceMicroUsd\x12$\n" +
+	"\x0eheld_micro_usd\x18\x03 \x01(\x03R\fheldMicroUsd\x12,\n" +
+	"\x12expected_micro_usd\x18\x04 \x01(\x03R\x10expectedMicroUsd\x12.\n" +
+	"\x13deposited_micro_usd\x18\x05 \x01(\x03R\x11depositedMicroUsd\x12(\n" +
+	"\x10earned_micro_usd\x18\x06 \x01(\x03R\x0eearnedMicroUsd\x12&\n" +
+	"\x0fspent_micro_usd\x18\a \x01(\x03R\rspentMicroUsd\"?\n" +
 	"\vSnapshotEnd\x12\x18\n" +
 	"\arecords\x18\x01 \x01(\x04R\arecords\x12\x16\n" +
 	"\x06sha256\x18\x02 \x01(\fR\x06sha256*P\n" +
@@ -3256,7 +3654,7 @@ func file_muster_v1_state_proto_rawDescGZIP() []byte {
 }
 
 var file_muster_v1_state_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_muster_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_muster_v1_state_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_muster_v1_state_proto_goTypes = []any{
 	(Role)(0),              // 0: muster.v1.Role
 	(JobState)(0),          // 1: muster.v1.JobState
@@ -3276,55 +3674,61 @@ var file_muster_v1_state_proto_goTypes = []any{
 	(*Task)(nil),           // 15: muster.v1.Task
 	(*Attempt)(nil),        // 16: muster.v1.Attempt
 	(*Commit)(nil),         // 17: muster.v1.Commit
-	(*Manifest)(nil),       // 18: muster.v1.Manifest
-	(*ManifestItem)(nil),   // 19: muster.v1.ManifestItem
-	(*Check)(nil),          // 20: muster.v1.Check
-	(*Comparison)(nil),     // 21: muster.v1.Comparison
-	(*Batch)(nil),          // 22: muster.v1.Batch
-	(*Reveal)(nil),         // 23: muster.v1.Reveal
-	(*Transfer)(nil),       // 24: muster.v1.Transfer
-	(*Answered)(nil),       // 25: muster.v1.Answered
-	(*Answer)(nil),         // 26: muster.v1.Answer
-	(*SnapshotHeader)(nil), // 27: muster.v1.SnapshotHeader
-	(*SnapshotRecord)(nil), // 28: muster.v1.SnapshotRecord
-	(*SnapshotEnd)(nil),    // 29: muster.v1.SnapshotEnd
-	(*JobSpec)(nil),        // 30: muster.v1.JobSpec
+	(*Stored)(nil),         // 18: muster.v1.Stored
+	(*Manifest)(nil),       // 19: muster.v1.Manifest
+	(*ManifestItem)(nil),   // 20: muster.v1.ManifestItem
+	(*Check)(nil),          // 21: muster.v1.Check
+	(*Comparison)(nil),     // 22: muster.v1.Comparison
+	(*Batch)(nil),          // 23: muster.v1.Batch
+	(*Reveal)(nil),         // 24: muster.v1.Reveal
+	(*Transfer)(nil),       // 25: muster.v1.Transfer
+	(*Segment)(nil),        // 26: muster.v1.Segment
+	(*Answered)(nil),       // 27: muster.v1.Answered
+	(*Answer)(nil),         // 28: muster.v1.Answer
+	(*SnapshotHeader)(nil), // 29: muster.v1.SnapshotHeader
+	(*SnapshotRecord)(nil), // 30: muster.v1.SnapshotRecord
+	(*LedgerAccount)(nil),  // 31: muster.v1.LedgerAccount
+	(*SnapshotEnd)(nil),    // 32: muster.v1.SnapshotEnd
+	(*JobSpec)(nil),        // 33: muster.v1.JobSpec
 }
 var file_muster_v1_state_proto_depIdxs = []int32{
 	0,  // 0: muster.v1.Key.role:type_name -> muster.v1.Role
 	10, // 1: muster.v1.Capacity.devices:type_name -> muster.v1.Device
 	11, // 2: muster.v1.Worker.capacity:type_name -> muster.v1.Capacity
-	30, // 3: muster.v1.Job.spec:type_name -> muster.v1.JobSpec
+	33, // 3: muster.v1.Job.spec:type_name -> muster.v1.JobSpec
 	1,  // 4: muster.v1.Job.state:type_name -> muster.v1.JobState
 	2,  // 5: muster.v1.Task.state:type_name -> muster.v1.TaskState
 	3,  // 6: muster.v1.Attempt.state:type_name -> muster.v1.AttemptState
 	17, // 7: muster.v1.Attempt.commit:type_name -> muster.v1.Commit
 	4,  // 8: muster.v1.Attempt.blame:type_name -> muster.v1.Blame
-	19, // 9: muster.v1.Manifest.items:type_name -> muster.v1.ManifestItem
-	21, // 10: muster.v1.Check.comparisons:type_name -> muster.v1.Comparison
-	5,  // 11: muster.v1.Check.verdict:type_name -> muster.v1.Verdict
-	23, // 12: muster.v1.Batch.reveals:type_name -> muster.v1.Reveal
-	6,  // 13: muster.v1.Transfer.kind:type_name -> muster.v1.TransferKind
-	26, // 14: muster.v1.Answered.answer:type_name -> muster.v1.Answer
-	27, // 15: muster.v1.SnapshotRecord.header:type_name -> muster.v1.SnapshotHeader
-	7,  // 16: muster.v1.SnapshotRecord.account:type_name -> muster.v1.Account
-	8,  // 17: muster.v1.SnapshotRecord.key:type_name -> muster.v1.Key
-	9,  // 18: muster.v1.SnapshotRecord.node:type_name -> muster.v1.Node
-	12, // 19: muster.v1.SnapshotRecord.worker:type_name -> muster.v1.Worker
-	14, // 20: muster.v1.SnapshotRecord.job:type_name -> muster.v1.Job
-	15, // 21: muster.v1.SnapshotRecord.task:type_name -> muster.v1.Task
-	16, // 22: muster.v1.SnapshotRecord.attempt:type_name -> muster.v1.Attempt
-	20, // 23: muster.v1.SnapshotRecord.check:type_name -> muster.v1.Check
-	22, // 24: muster.v1.SnapshotRecord.batch:type_name -> muster.v1.Batch
-	24, // 25: muster.v1.SnapshotRecord.transfer:type_name -> muster.v1.Transfer
-	13, // 26: muster.v1.SnapshotRecord.track:type_name -> muster.v1.Record
-	25, // 27: muster.v1.SnapshotRecord.answered:type_name -> muster.v1.Answered
-	29, // 28: muster.v1.SnapshotRecord.end:type_name -> muster.v1.SnapshotEnd
-	29, // [29:29] is the sub-list for method output_type
-	29, // [29:29] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	18, // 9: muster.v1.Attempt.stored:type_name -> muster.v1.Stored
+	20, // 10: muster.v1.Manifest.items:type_name -> muster.v1.ManifestItem
+	22, // 11: muster.v1.Check.comparisons:type_name -> muster.v1.Comparison
+	5,  // 12: muster.v1.Check.verdict:type_name -> muster.v1.Verdict
+	24, // 13: muster.v1.Batch.reveals:type_name -> muster.v1.Reveal
+	6,  // 14: muster.v1.Transfer.kind:type_name -> muster.v1.TransferKind
+	28, // 15: muster.v1.Answered.answer:type_name -> muster.v1.Answer
+	29, // 16: muster.v1.SnapshotRecord.header:type_name -> muster.v1.SnapshotHeader
+	7,  // 17: muster.v1.SnapshotRecord.account:type_name -> muster.v1.Account
+	8,  // 18: muster.v1.SnapshotRecord.key:type_name -> muster.v1.Key
+	9,  // 19: muster.v1.SnapshotRecord.node:type_name -> muster.v1.Node
+	12, // 20: muster.v1.SnapshotRecord.worker:type_name -> muster.v1.Worker
+	14, // 21: muster.v1.SnapshotRecord.job:type_name -> muster.v1.Job
+	15, // 22: muster.v1.SnapshotRecord.task:type_name -> muster.v1.Task
+	16, // 23: muster.v1.SnapshotRecord.attempt:type_name -> muster.v1.Attempt
+	21, // 24: muster.v1.SnapshotRecord.check:type_name -> muster.v1.Check
+	23, // 25: muster.v1.SnapshotRecord.batch:type_name -> muster.v1.Batch
+	25, // 26: muster.v1.SnapshotRecord.transfer:type_name -> muster.v1.Transfer
+	13, // 27: muster.v1.SnapshotRecord.track:type_name -> muster.v1.Record
+	27, // 28: muster.v1.SnapshotRecord.answered:type_name -> muster.v1.Answered
+	32, // 29: muster.v1.SnapshotRecord.end:type_name -> muster.v1.SnapshotEnd
+	26, // 30: muster.v1.SnapshotRecord.segment:type_name -> muster.v1.Segment
+	31, // 31: muster.v1.SnapshotRecord.ledger_account:type_name -> muster.v1.LedgerAccount
+	32, // [32:32] is the sub-list for method output_type
+	32, // [32:32] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_muster_v1_state_proto_init() }
@@ -3333,7 +3737,7 @@ func file_muster_v1_state_proto_init() {
 		return
 	}
 	file_muster_v1_job_proto_init()
-	file_muster_v1_state_proto_msgTypes[21].OneofWrappers = []any{
+	file_muster_v1_state_proto_msgTypes[23].OneofWrappers = []any{
 		(*SnapshotRecord_Header)(nil),
 		(*SnapshotRecord_Account)(nil),
 		(*SnapshotRecord_Key)(nil),
@@ -3348,6 +3752,8 @@ func file_muster_v1_state_proto_init() {
 		(*SnapshotRecord_Track)(nil),
 		(*SnapshotRecord_Answered)(nil),
 		(*SnapshotRecord_End)(nil),
+		(*SnapshotRecord_Segment)(nil),
+		(*SnapshotRecord_LedgerAccount)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -3355,7 +3761,7 @@ func file_muster_v1_state_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_muster_v1_state_proto_rawDesc), len(file_muster_v1_state_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   23,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

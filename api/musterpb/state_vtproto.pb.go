@@ -324,6 +324,7 @@ func (m *Attempt) CloneVT() *Attempt {
 	r.LogDigest = m.LogDigest
 	r.Batch = m.Batch
 	r.Hold = m.Hold
+	r.Stored = m.Stored.CloneVT()
 	if rhs := m.Devices; rhs != nil {
 		tmpContainer := make([]string, len(rhs))
 		copy(tmpContainer, rhs)
@@ -356,6 +357,8 @@ func (m *Commit) CloneVT() *Commit {
 	r.ArchiveBytes = m.ArchiveBytes
 	r.OutputBytes = m.OutputBytes
 	r.LogDigest = m.LogDigest
+	r.Leaf = m.Leaf
+	r.Leaves = m.Leaves
 	if rhs := m.Root; rhs != nil {
 		tmpBytes := make([]byte, len(rhs))
 		copy(tmpBytes, rhs)
@@ -366,6 +369,15 @@ func (m *Commit) CloneVT() *Commit {
 		copy(tmpBytes, rhs)
 		r.Signature = tmpBytes
 	}
+	if rhs := m.Path; rhs != nil {
+		tmpContainer := make([][]byte, len(rhs))
+		for k, v := range rhs {
+			tmpBytes := make([]byte, len(v))
+			copy(tmpBytes, v)
+			tmpContainer[k] = tmpBytes
+		}
+		r.Path = tmpContainer
+	}
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -374,6 +386,26 @@ func (m *Commit) CloneVT() *Commit {
 }
 
 func (m *Commit) CloneMessageVT() proto.Message {
+	return m.CloneVT()
+}
+
+func (m *Stored) CloneVT() *Stored {
+	if m == nil {
+		return (*Stored)(nil)
+	}
+	r := new(Stored)
+	r.Bundle = m.Bundle
+	r.ManifestOffset = m.ManifestOffset
+	r.ManifestBytes = m.ManifestBytes
+	r.ArchiveOffset = m.ArchiveOffset
+	if len(m.unknownFields) > 0 {
+		r.unknownFields = make([]byte, len(m.unknownFields))
+		copy(r.unknownFields, m.unknownFields)
+	}
+	return r
+}
+
+func (m *Stored) CloneMessageVT() proto.Message {
 	return m.CloneVT()
 }
 
@@ -594,6 +626,32 @@ func (m *Transfer) CloneMessageVT() proto.Message {
 	return m.CloneVT()
 }
 
+func (m *Segment) CloneVT() *Segment {
+	if m == nil {
+		return (*Segment)(nil)
+	}
+	r := new(Segment)
+	r.Digest = m.Digest
+	r.Bytes = m.Bytes
+	r.Level = m.Level
+	r.Jobs = m.Jobs
+	r.FirstEndedUnixMs = m.FirstEndedUnixMs
+	r.LastEndedUnixMs = m.LastEndedUnixMs
+	r.FirstTransfer = m.FirstTransfer
+	r.LastTransfer = m.LastTransfer
+	r.FirstEpoch = m.FirstEpoch
+	r.LastEpoch = m.LastEpoch
+	if len(m.unknownFields) > 0 {
+		r.unknownFields = make([]byte, len(m.unknownFields))
+		copy(r.unknownFields, m.unknownFields)
+	}
+	return r
+}
+
+func (m *Segment) CloneMessageVT() proto.Message {
+	return m.CloneVT()
+}
+
 func (m *Answered) CloneVT() *Answered {
 	if m == nil {
 		return (*Answered)(nil)
@@ -642,6 +700,8 @@ func (m *SnapshotHeader) CloneVT() *SnapshotHeader {
 	r.Epoch = m.Epoch
 	r.Cluster = m.Cluster
 	r.TimeUnixMs = m.TimeUnixMs
+	r.SealedTransfer = m.SealedTransfer
+	r.SealedEpoch = m.SealedEpoch
 	if rhs := m.OpenBatch; rhs != nil {
 		tmpContainer := make([]string, len(rhs))
 		copy(tmpContainer, rhs)
@@ -803,6 +863,47 @@ func (m *SnapshotRecord_End) CloneVT() isSnapshotRecord_Record {
 	r := new(SnapshotRecord_End)
 	r.End = m.End.CloneVT()
 	return r
+}
+
+func (m *SnapshotRecord_Segment) CloneVT() isSnapshotRecord_Record {
+	if m == nil {
+		return (*SnapshotRecord_Segment)(nil)
+	}
+	r := new(SnapshotRecord_Segment)
+	r.Segment = m.Segment.CloneVT()
+	return r
+}
+
+func (m *SnapshotRecord_LedgerAccount) CloneVT() isSnapshotRecord_Record {
+	if m == nil {
+		return (*SnapshotRecord_LedgerAccount)(nil)
+	}
+	r := new(SnapshotRecord_LedgerAccount)
+	r.LedgerAccount = m.LedgerAccount.CloneVT()
+	return r
+}
+
+func (m *LedgerAccount) CloneVT() *LedgerAccount {
+	if m == nil {
+		return (*LedgerAccount)(nil)
+	}
+	r := new(LedgerAccount)
+	r.Name = m.Name
+	r.BalanceMicroUsd = m.BalanceMicroUsd
+	r.HeldMicroUsd = m.HeldMicroUsd
+	r.ExpectedMicroUsd = m.ExpectedMicroUsd
+	r.DepositedMicroUsd = m.DepositedMicroUsd
+	r.EarnedMicroUsd = m.EarnedMicroUsd
+	r.SpentMicroUsd = m.SpentMicroUsd
+	if len(m.unknownFields) > 0 {
+		r.unknownFields = make([]byte, len(m.unknownFields))
+		copy(r.unknownFields, m.unknownFields)
+	}
+	return r
+}
+
+func (m *LedgerAccount) CloneMessageVT() proto.Message {
+	return m.CloneVT()
 }
 
 func (m *SnapshotEnd) CloneVT() *SnapshotEnd {
@@ -1369,6 +1470,9 @@ func (this *Attempt) EqualVT(that *Attempt) bool {
 	if this.Hold != that.Hold {
 		return false
 	}
+	if !this.Stored.EqualVT(that.Stored) {
+		return false
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
@@ -1409,11 +1513,54 @@ func (this *Commit) EqualVT(that *Commit) bool {
 	if this.LogDigest != that.LogDigest {
 		return false
 	}
+	if this.Leaf != that.Leaf {
+		return false
+	}
+	if this.Leaves != that.Leaves {
+		return false
+	}
+	if len(this.Path) != len(that.Path) {
+		return false
+	}
+	for i, vx := range this.Path {
+		vy := that.Path[i]
+		if string(vx) != string(vy) {
+			return false
+		}
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
 func (this *Commit) EqualMessageVT(thatMsg proto.Message) bool {
 	that, ok := thatMsg.(*Commit)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
+func (this *Stored) EqualVT(that *Stored) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Bundle != that.Bundle {
+		return false
+	}
+	if this.ManifestOffset != that.ManifestOffset {
+		return false
+	}
+	if this.ManifestBytes != that.ManifestBytes {
+		return false
+	}
+	if this.ArchiveOffset != that.ArchiveOffset {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Stored) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Stored)
 	if !ok {
 		return false
 	}
@@ -1738,6 +1885,52 @@ func (this *Transfer) EqualMessageVT(thatMsg proto.Message) bool {
 	}
 	return this.EqualVT(that)
 }
+func (this *Segment) EqualVT(that *Segment) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Digest != that.Digest {
+		return false
+	}
+	if this.Bytes != that.Bytes {
+		return false
+	}
+	if this.Level != that.Level {
+		return false
+	}
+	if this.Jobs != that.Jobs {
+		return false
+	}
+	if this.FirstEndedUnixMs != that.FirstEndedUnixMs {
+		return false
+	}
+	if this.LastEndedUnixMs != that.LastEndedUnixMs {
+		return false
+	}
+	if this.FirstTransfer != that.FirstTransfer {
+		return false
+	}
+	if this.LastTransfer != that.LastTransfer {
+		return false
+	}
+	if this.FirstEpoch != that.FirstEpoch {
+		return false
+	}
+	if this.LastEpoch != that.LastEpoch {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *Segment) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*Segment)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
 func (this *Answered) EqualVT(that *Answered) bool {
 	if this == that {
 		return true
@@ -1816,6 +2009,12 @@ func (this *SnapshotHeader) EqualVT(that *SnapshotHeader) bool {
 		return false
 	}
 	if this.TimeUnixMs != that.TimeUnixMs {
+		return false
+	}
+	if this.SealedTransfer != that.SealedTransfer {
+		return false
+	}
+	if this.SealedEpoch != that.SealedEpoch {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -2206,6 +2405,93 @@ func (this *SnapshotRecord_End) EqualVT(thatIface isSnapshotRecord_Record) bool 
 	return true
 }
 
+func (this *SnapshotRecord_Segment) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_Segment)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.Segment, that.Segment; p != q {
+		if p == nil {
+			p = &Segment{}
+		}
+		if q == nil {
+			q = &Segment{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *SnapshotRecord_LedgerAccount) EqualVT(thatIface isSnapshotRecord_Record) bool {
+	that, ok := thatIface.(*SnapshotRecord_LedgerAccount)
+	if !ok {
+		return false
+	}
+	if this == that {
+		return true
+	}
+	if this == nil && that != nil || this != nil && that == nil {
+		return false
+	}
+	if p, q := this.LedgerAccount, that.LedgerAccount; p != q {
+		if p == nil {
+			p = &LedgerAccount{}
+		}
+		if q == nil {
+			q = &LedgerAccount{}
+		}
+		if !p.EqualVT(q) {
+			return false
+		}
+	}
+	return true
+}
+
+func (this *LedgerAccount) EqualVT(that *LedgerAccount) bool {
+	if this == that {
+		return true
+	} else if this == nil || that == nil {
+		return false
+	}
+	if this.Name != that.Name {
+		return false
+	}
+	if this.BalanceMicroUsd != that.BalanceMicroUsd {
+		return false
+	}
+	if this.HeldMicroUsd != that.HeldMicroUsd {
+		return false
+	}
+	if this.ExpectedMicroUsd != that.ExpectedMicroUsd {
+		return false
+	}
+	if this.DepositedMicroUsd != that.DepositedMicroUsd {
+		return false
+	}
+	if this.EarnedMicroUsd != that.EarnedMicroUsd {
+		return false
+	}
+	if this.SpentMicroUsd != that.SpentMicroUsd {
+		return false
+	}
+	return string(this.unknownFields) == string(that.unknownFields)
+}
+
+func (this *LedgerAccount) EqualMessageVT(thatMsg proto.Message) bool {
+	that, ok := thatMsg.(*LedgerAccount)
+	if !ok {
+		return false
+	}
+	return this.EqualVT(that)
+}
 func (this *SnapshotEnd) EqualVT(that *SnapshotEnd) bool {
 	if this == that {
 		return true
@@ -3137,6 +3423,18 @@ func (m *Attempt) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.Stored != nil {
+		size, err := m.Stored.MarshalToSizedBufferVT(dAtA[:i])
+		if err != nil {
+			return 0, err
+		}
+		i -= size
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0xd2
+	}
 	if m.Hold != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Hold))
 		i--
@@ -3357,6 +3655,25 @@ func (m *Commit) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if len(m.Path) > 0 {
+		for iNdEx := len(m.Path) - 1; iNdEx >= 0; iNdEx-- {
+			i -= len(m.Path[iNdEx])
+			copy(dAtA[i:], m.Path[iNdEx])
+			i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Path[iNdEx])))
+			i--
+			dAtA[i] = 0x5a
+		}
+	}
+	if m.Leaves != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Leaves))
+		i--
+		dAtA[i] = 0x50
+	}
+	if m.Leaf != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Leaf))
+		i--
+		dAtA[i] = 0x48
+	}
 	if len(m.LogDigest) > 0 {
 		i -= len(m.LogDigest)
 		copy(dAtA[i:], m.LogDigest)
@@ -3406,6 +3723,61 @@ func (m *Commit) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.Attempt)
 		copy(dAtA[i:], m.Attempt)
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Attempt)))
+		i--
+		dAtA[i] = 0xa
+	}
+	return len(dAtA) - i, nil
+}
+
+func (m *Stored) MarshalVT() (dAtA []byte, err error) {
+	if m == nil {
+		return nil, nil
+	}
+	size := m.SizeVT()
+	dAtA = make([]byte, size)
+	n, err := m.MarshalToSizedBufferVT(dAtA[:size])
+	if err != nil {
+		return nil, err
+	}
+	return dAtA[:n], nil
+}
+
+func (m *Stored) MarshalToVT(dAtA []byte) (int, error) {
+	size := m.SizeVT()
+	return m.MarshalToSizedBufferVT(dAtA[:size])
+}
+
+func (m *Stored) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+	if m == nil {
+		return 0, nil
+	}
+	i := len(dAtA)
+	_ = i
+	var l int
+	_ = l
+	if m.unknownFields != nil {
+		i -= len(m.unknownFields)
+		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.ArchiveOffset != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ArchiveOffset))
+		i--
+		dAtA[i] = 0x20
+	}
+	if m.ManifestBytes != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ManifestBytes))
+		i--
+		dAtA[i] = 0x18
+	}
+	if m.ManifestOffset != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ManifestOffset))
+		i--
+		dAtA[i] = 0x10
+	}
+	if len(m.Bundle) > 0 {
+		i -= len(m.Bundle)
+		copy(dAtA[i:], m.Bundle)
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Bundle)))
 		i--
 		dAtA[i] = 0xa
 	}
@@ -3981,6 +4353,91 @@ func (m *Transfer) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	return len(dAtA) - i, nil
 }
 
+func (m *Segment) MarshalVT() (dAtA []byte, err error) {
+	if m == nil {
+		return nil, nil
+	}
+	size := m.SizeVT()
+	dAtA = make([]byte, size)
+	n, err := m.MarshalToSizedBufferVT(dAtA[:size])
+	if err != nil {
+		return nil, err
+	}
+	return dAtA[:n], nil
+}
+
+func (m *Segment) MarshalToVT(dAtA []byte) (int, error) {
+	size := m.SizeVT()
+	return m.MarshalToSizedBufferVT(dAtA[:size])
+}
+
+func (m *Segment) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+	if m == nil {
+		return 0, nil
+	}
+	i := len(dAtA)
+	_ = i
+	var l int
+	_ = l
+	if m.unknownFields != nil {
+		i -= len(m.unknownFields)
+		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.LastEpoch != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.LastEpoch))
+		i--
+		dAtA[i] = 0x50
+	}
+	if m.FirstEpoch != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.FirstEpoch))
+		i--
+		dAtA[i] = 0x48
+	}
+	if m.LastTransfer != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.LastTransfer))
+		i--
+		dAtA[i] = 0x40
+	}
+	if m.FirstTransfer != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.FirstTransfer))
+		i--
+		dAtA[i] = 0x38
+	}
+	if m.LastEndedUnixMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.LastEndedUnixMs))
+		i--
+		dAtA[i] = 0x30
+	}
+	if m.FirstEndedUnixMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.FirstEndedUnixMs))
+		i--
+		dAtA[i] = 0x28
+	}
+	if m.Jobs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Jobs))
+		i--
+		dAtA[i] = 0x20
+	}
+	if m.Level != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Level))
+		i--
+		dAtA[i] = 0x18
+	}
+	if m.Bytes != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Bytes))
+		i--
+		dAtA[i] = 0x10
+	}
+	if len(m.Digest) > 0 {
+		i -= len(m.Digest)
+		copy(dAtA[i:], m.Digest)
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Digest)))
+		i--
+		dAtA[i] = 0xa
+	}
+	return len(dAtA) - i, nil
+}
+
 func (m *Answered) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil
@@ -4112,6 +4569,16 @@ func (m *SnapshotHeader) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.SealedEpoch != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.SealedEpoch))
+		i--
+		dAtA[i] = 0x48
+	}
+	if m.SealedTransfer != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.SealedTransfer))
+		i--
+		dAtA[i] = 0x40
 	}
 	if m.TimeUnixMs != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.TimeUnixMs))
@@ -4521,6 +4988,126 @@ func (m *SnapshotRecord_End) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	}
 	return len(dAtA) - i, nil
 }
+func (m *SnapshotRecord_Segment) MarshalToVT(dAtA []byte) (int, error) {
+	size := m.SizeVT()
+	return m.MarshalToSizedBufferVT(dAtA[:size])
+}
+
+func (m *SnapshotRecord_Segment) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+	i := len(dAtA)
+	if m.Segment != nil {
+		size, err := m.Segment.MarshalToSizedBufferVT(dAtA[:i])
+		if err != nil {
+			return 0, err
+		}
+		i -= size
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+		i--
+		dAtA[i] = 0x7a
+	} else {
+		i = protohelpers.EncodeVarint(dAtA, i, 0)
+		i--
+		dAtA[i] = 0x7a
+	}
+	return len(dAtA) - i, nil
+}
+func (m *SnapshotRecord_LedgerAccount) MarshalToVT(dAtA []byte) (int, error) {
+	size := m.SizeVT()
+	return m.MarshalToSizedBufferVT(dAtA[:size])
+}
+
+func (m *SnapshotRecord_LedgerAccount) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+	i := len(dAtA)
+	if m.LedgerAccount != nil {
+		size, err := m.LedgerAccount.MarshalToSizedBufferVT(dAtA[:i])
+		if err != nil {
+			return 0, err
+		}
+		i -= size
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0x82
+	} else {
+		i = protohelpers.EncodeVarint(dAtA, i, 0)
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0x82
+	}
+	return len(dAtA) - i, nil
+}
+func (m *LedgerAccount) MarshalVT() (dAtA []byte, err error) {
+	if m == nil {
+		return nil, nil
+	}
+	size := m.SizeVT()
+	dAtA = make([]byte, size)
+	n, err := m.MarshalToSizedBufferVT(dAtA[:size])
+	if err != nil {
+		return nil, err
+	}
+	return dAtA[:n], nil
+}
+
+func (m *LedgerAccount) MarshalToVT(dAtA []byte) (int, error) {
+	size := m.SizeVT()
+	return m.MarshalToSizedBufferVT(dAtA[:size])
+}
+
+func (m *LedgerAccount) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
+	if m == nil {
+		return 0, nil
+	}
+	i := len(dAtA)
+	_ = i
+	var l int
+	_ = l
+	if m.unknownFields != nil {
+		i -= len(m.unknownFields)
+		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.SpentMicroUsd != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.SpentMicroUsd))
+		i--
+		dAtA[i] = 0x38
+	}
+	if m.EarnedMicroUsd != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.EarnedMicroUsd))
+		i--
+		dAtA[i] = 0x30
+	}
+	if m.DepositedMicroUsd != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.DepositedMicroUsd))
+		i--
+		dAtA[i] = 0x28
+	}
+	if m.ExpectedMicroUsd != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ExpectedMicroUsd))
+		i--
+		dAtA[i] = 0x20
+	}
+	if m.HeldMicroUsd != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.HeldMicroUsd))
+		i--
+		dAtA[i] = 0x18
+	}
+	if m.BalanceMicroUsd != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.BalanceMicroUsd))
+		i--
+		dAtA[i] = 0x10
+	}
+	if len(m.Name) > 0 {
+		i -= len(m.Name)
+		copy(dAtA[i:], m.Name)
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(len(m.Name)))
+		i--
+		dAtA[i] = 0xa
+	}
+	return len(dAtA) - i, nil
+}
+
 func (m *SnapshotEnd) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil
@@ -5069,6 +5656,10 @@ func (m *Attempt) SizeVT() (n int) {
 	if m.Hold != 0 {
 		n += 2 + protohelpers.SizeOfVarint(uint64(m.Hold))
 	}
+	if m.Stored != nil {
+		l = m.Stored.SizeVT()
+		n += 2 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -5108,6 +5699,41 @@ func (m *Commit) SizeVT() (n int) {
 	l = len(m.LogDigest)
 	if l > 0 {
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.Leaf != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Leaf))
+	}
+	if m.Leaves != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Leaves))
+	}
+	if len(m.Path) > 0 {
+		for _, b := range m.Path {
+			l = len(b)
+			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+		}
+	}
+	n += len(m.unknownFields)
+	return n
+}
+
+func (m *Stored) SizeVT() (n int) {
+	if m == nil {
+		return 0
+	}
+	var l int
+	_ = l
+	l = len(m.Bundle)
+	if l > 0 {
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.ManifestOffset != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.ManifestOffset))
+	}
+	if m.ManifestBytes != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.ManifestBytes))
+	}
+	if m.ArchiveOffset != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.ArchiveOffset))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -5366,6 +5992,47 @@ func (m *Transfer) SizeVT() (n int) {
 	return n
 }
 
+func (m *Segment) SizeVT() (n int) {
+	if m == nil {
+		return 0
+	}
+	var l int
+	_ = l
+	l = len(m.Digest)
+	if l > 0 {
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.Bytes != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Bytes))
+	}
+	if m.Level != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Level))
+	}
+	if m.Jobs != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Jobs))
+	}
+	if m.FirstEndedUnixMs != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.FirstEndedUnixMs))
+	}
+	if m.LastEndedUnixMs != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.LastEndedUnixMs))
+	}
+	if m.FirstTransfer != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.FirstTransfer))
+	}
+	if m.LastTransfer != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.LastTransfer))
+	}
+	if m.FirstEpoch != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.FirstEpoch))
+	}
+	if m.LastEpoch != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.LastEpoch))
+	}
+	n += len(m.unknownFields)
+	return n
+}
+
 func (m *Answered) SizeVT() (n int) {
 	if m == nil {
 		return 0
@@ -5435,6 +6102,12 @@ func (m *SnapshotHeader) SizeVT() (n int) {
 	}
 	if m.TimeUnixMs != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.TimeUnixMs))
+	}
+	if m.SealedTransfer != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.SealedTransfer))
+	}
+	if m.SealedEpoch != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.SealedEpoch))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -5649,6 +6322,66 @@ func (m *SnapshotRecord_End) SizeVT() (n int) {
 	}
 	return n
 }
+func (m *SnapshotRecord_Segment) SizeVT() (n int) {
+	if m == nil {
+		return 0
+	}
+	var l int
+	_ = l
+	if m.Segment != nil {
+		l = m.Segment.SizeVT()
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	} else {
+		n += 3
+	}
+	return n
+}
+func (m *SnapshotRecord_LedgerAccount) SizeVT() (n int) {
+	if m == nil {
+		return 0
+	}
+	var l int
+	_ = l
+	if m.LedgerAccount != nil {
+		l = m.LedgerAccount.SizeVT()
+		n += 2 + l + protohelpers.SizeOfVarint(uint64(l))
+	} else {
+		n += 3
+	}
+	return n
+}
+func (m *LedgerAccount) SizeVT() (n int) {
+	if m == nil {
+		return 0
+	}
+	var l int
+	_ = l
+	l = len(m.Name)
+	if l > 0 {
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.BalanceMicroUsd != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.BalanceMicroUsd))
+	}
+	if m.HeldMicroUsd != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.HeldMicroUsd))
+	}
+	if m.ExpectedMicroUsd != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.ExpectedMicroUsd))
+	}
+	if m.DepositedMicroUsd != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.DepositedMicroUsd))
+	}
+	if m.EarnedMicroUsd != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.EarnedMicroUsd))
+	}
+	if m.SpentMicroUsd != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.SpentMicroUsd))
+	}
+	n += len(m.unknownFields)
+	return n
+}
+
 func (m *SnapshotEnd) SizeVT() (n int) {
 	if m == nil {
 		return 0
@@ -9086,6 +9819,42 @@ func (m *Attempt) UnmarshalVT(dAtA []byte) error {
 					break
 				}
 			}
+		case 26:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Stored", wireType)
+			}
+			var msglen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				msglen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if msglen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + msglen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			if m.Stored == nil {
+				m.Stored = &Stored{}
+			}
+			if err := m.Stored.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
+			}
+			iNdEx = postIndex
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -9371,6 +10140,216 @@ func (m *Commit) UnmarshalVT(dAtA []byte) error {
 			}
 			m.LogDigest = string(dAtA[iNdEx:postIndex])
 			iNdEx = postIndex
+		case 9:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Leaf", wireType)
+			}
+			m.Leaf = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Leaf |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 10:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Leaves", wireType)
+			}
+			m.Leaves = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Leaves |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 11:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Path", wireType)
+			}
+			var byteLen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				byteLen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if byteLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + byteLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.Path = append(m.Path, make([]byte, postIndex-iNdEx))
+			copy(m.Path[len(m.Path)-1], dAtA[iNdEx:postIndex])
+			iNdEx = postIndex
+		default:
+			iNdEx = preIndex
+			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
+			if err != nil {
+				return err
+			}
+			if (skippy < 0) || (iNdEx+skippy) < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if (iNdEx + skippy) > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.unknownFields = append(m.unknownFields, dAtA[iNdEx:iNdEx+skippy]...)
+			iNdEx += skippy
+		}
+	}
+
+	if iNdEx > l {
+		return io.ErrUnexpectedEOF
+	}
+	return nil
+}
+func (m *Stored) UnmarshalVT(dAtA []byte) error {
+	l := len(dAtA)
+	iNdEx := 0
+	for iNdEx < l {
+		preIndex := iNdEx
+		var wire uint64
+		for shift := uint(0); ; shift += 7 {
+			if shift >= 64 {
+				return protohelpers.ErrIntOverflow
+			}
+			if iNdEx >= l {
+				return io.ErrUnexpectedEOF
+			}
+			b := dAtA[iNdEx]
+			iNdEx++
+			wire |= uint64(b&0x7F) << shift
+			if b < 0x80 {
+				break
+			}
+		}
+		fieldNum := int32(wire >> 3)
+		wireType := int(wire & 0x7)
+		if wireType == 4 {
+			return fmt.Errorf("proto: Stored: wiretype end group for non-group")
+		}
+		if fieldNum <= 0 {
+			return fmt.Errorf("proto: Stored: illegal tag %d (wire type %d)", fieldNum, wire)
+		}
+		switch fieldNum {
+		case 1:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Bundle", wireType)
+			}
+			var stringLen uint64
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				stringLen |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			intStringLen := int(stringLen)
+			if intStringLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + intStringLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.Bundle = string(dAtA[iNdEx:postIndex])
+			iNdEx = postIndex
+		case 2:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ManifestOffset", wireType)
+			}
+			m.ManifestOffset = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ManifestOffset |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ManifestBytes", wireType)
+			}
+			m.ManifestBytes = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ManifestBytes |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 4:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ArchiveOffset", wireType)
+			}
+			m.ArchiveOffset = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ArchiveOffset |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -11059,6 +12038,260 @@ func (m *Transfer) UnmarshalVT(dAtA []byte) error {
 	}
 	return nil
 }
+func (m *Segment) UnmarshalVT(dAtA []byte) error {
+	l := len(dAtA)
+	iNdEx := 0
+	for iNdEx < l {
+		preIndex := iNdEx
+		var wire uint64
+		for shift := uint(0); ; shift += 7 {
+			if shift >= 64 {
+				return protohelpers.ErrIntOverflow
+			}
+			if iNdEx >= l {
+				return io.ErrUnexpectedEOF
+			}
+			b := dAtA[iNdEx]
+			iNdEx++
+			wire |= uint64(b&0x7F) << shift
+			if b < 0x80 {
+				break
+			}
+		}
+		fieldNum := int32(wire >> 3)
+		wireType := int(wire & 0x7)
+		if wireType == 4 {
+			return fmt.Errorf("proto: Segment: wiretype end group for non-group")
+		}
+		if fieldNum <= 0 {
+			return fmt.Errorf("proto: Segment: illegal tag %d (wire type %d)", fieldNum, wire)
+		}
+		switch fieldNum {
+		case 1:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Digest", wireType)
+			}
+			var stringLen uint64
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				stringLen |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			intStringLen := int(stringLen)
+			if intStringLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + intStringLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.Digest = string(dAtA[iNdEx:postIndex])
+			iNdEx = postIndex
+		case 2:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Bytes", wireType)
+			}
+			m.Bytes = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Bytes |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Level", wireType)
+			}
+			m.Level = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Level |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 4:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Jobs", wireType)
+			}
+			m.Jobs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Jobs |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 5:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field FirstEndedUnixMs", wireType)
+			}
+			m.FirstEndedUnixMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.FirstEndedUnixMs |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 6:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field LastEndedUnixMs", wireType)
+			}
+			m.LastEndedUnixMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.LastEndedUnixMs |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 7:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field FirstTransfer", wireType)
+			}
+			m.FirstTransfer = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.FirstTransfer |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 8:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field LastTransfer", wireType)
+			}
+			m.LastTransfer = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.LastTransfer |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 9:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field FirstEpoch", wireType)
+			}
+			m.FirstEpoch = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.FirstEpoch |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 10:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field LastEpoch", wireType)
+			}
+			m.LastEpoch = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.LastEpoch |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		default:
+			iNdEx = preIndex
+			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
+			if err != nil {
+				return err
+			}
+			if (skippy < 0) || (iNdEx+skippy) < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if (iNdEx + skippy) > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.unknownFields = append(m.unknownFields, dAtA[iNdEx:iNdEx+skippy]...)
+			iNdEx += skippy
+		}
+	}
+
+	if iNdEx > l {
+		return io.ErrUnexpectedEOF
+	}
+	return nil
+}
 func (m *Answered) UnmarshalVT(dAtA []byte) error {
 	l := len(dAtA)
 	iNdEx := 0
@@ -11496,6 +12729,44 @@ func (m *SnapshotHeader) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.TimeUnixMs |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 8:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field SealedTransfer", wireType)
+			}
+			m.SealedTransfer = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.SealedTransfer |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 9:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field SealedEpoch", wireType)
+			}
+			m.SealedEpoch = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.SealedEpoch |= uint64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
@@ -12125,6 +13396,285 @@ func (m *SnapshotRecord) UnmarshalVT(dAtA []byte) error {
 				m.Record = &SnapshotRecord_End{End: v}
 			}
 			iNdEx = postIndex
+		case 15:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Segment", wireType)
+			}
+			var msglen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				msglen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if msglen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + msglen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			if oneof, ok := m.Record.(*SnapshotRecord_Segment); ok {
+				if err := oneof.Segment.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+					return err
+				}
+			} else {
+				v := &Segment{}
+				if err := v.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+					return err
+				}
+				m.Record = &SnapshotRecord_Segment{Segment: v}
+			}
+			iNdEx = postIndex
+		case 16:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field LedgerAccount", wireType)
+			}
+			var msglen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				msglen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if msglen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + msglen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			if oneof, ok := m.Record.(*SnapshotRecord_LedgerAccount); ok {
+				if err := oneof.LedgerAccount.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+					return err
+				}
+			} else {
+				v := &LedgerAccount{}
+				if err := v.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+					return err
+				}
+				m.Record = &SnapshotRecord_LedgerAccount{LedgerAccount: v}
+			}
+			iNdEx = postIndex
+		default:
+			iNdEx = preIndex
+			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
+			if err != nil {
+				return err
+			}
+			if (skippy < 0) || (iNdEx+skippy) < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if (iNdEx + skippy) > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.unknownFields = append(m.unknownFields, dAtA[iNdEx:iNdEx+skippy]...)
+			iNdEx += skippy
+		}
+	}
+
+	if iNdEx > l {
+		return io.ErrUnexpectedEOF
+	}
+	return nil
+}
+func (m *LedgerAccount) UnmarshalVT(dAtA []byte) error {
+	l := len(dAtA)
+	iNdEx := 0
+	for iNdEx < l {
+		preIndex := iNdEx
+		var wire uint64
+		for shift := uint(0); ; shift += 7 {
+			if shift >= 64 {
+				return protohelpers.ErrIntOverflow
+			}
+			if iNdEx >= l {
+				return io.ErrUnexpectedEOF
+			}
+			b := dAtA[iNdEx]
+			iNdEx++
+			wire |= uint64(b&0x7F) << shift
+			if b < 0x80 {
+				break
+			}
+		}
+		fieldNum := int32(wire >> 3)
+		wireType := int(wire & 0x7)
+		if wireType == 4 {
+			return fmt.Errorf("proto: LedgerAccount: wiretype end group for non-group")
+		}
+		if fieldNum <= 0 {
+			return fmt.Errorf("proto: LedgerAccount: illegal tag %d (wire type %d)", fieldNum, wire)
+		}
+		switch fieldNum {
+		case 1:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Name", wireType)
+			}
+			var stringLen uint64
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				stringLen |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			intStringLen := int(stringLen)
+			if intStringLen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + intStringLen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.Name = string(dAtA[iNdEx:postIndex])
+			iNdEx = postIndex
+		case 2:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field BalanceMicroUsd", wireType)
+			}
+			m.BalanceMicroUsd = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.BalanceMicroUsd |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field HeldMicroUsd", wireType)
+			}
+			m.HeldMicroUsd = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.HeldMicroUsd |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 4:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field ExpectedMicroUsd", wireType)
+			}
+			m.ExpectedMicroUsd = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.ExpectedMicroUsd |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 5:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field DepositedMicroUsd", wireType)
+			}
+			m.DepositedMicroUsd = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.DepositedMicroUsd |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 6:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field EarnedMicroUsd", wireType)
+			}
+			m.EarnedMicroUsd = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.EarnedMicroUsd |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 7:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field SpentMicroUsd", wireType)
+			}
+			m.SpentMicroUsd = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.SpentMicroUsd |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

@@ -137,6 +137,21 @@ func (s *Server) Deposit(ctx context.Context, req *connect.Request[musterpb.Depo
 	return connect.NewResponse(&musterpb.DepositResponse{BalanceMicroUsd: s.State.Balance(account).BalanceMicroUsd}), nil
 }
 
+// DepositMany implements Muster.
+func (s *Server) DepositMany(ctx context.Context, req *connect.Request[musterpb.DepositManyRequest]) (*connect.Response[musterpb.DepositManyResponse], error) {
+	if err := adminsOnly(ctx, "enter deposits"); err != nil {
+		return nil, err
+	}
+	if err := checkRequestID(req.Msg.Id); err != nil {
+		return nil, err
+	}
+	cmd := &musterpb.Command{Id: "deposits " + req.Msg.Id, Body: &musterpb.Command_Deposits{Deposits: &musterpb.Deposits{Deposits: req.Msg.Deposits}}}
+	if _, err := s.Scheduler.Propose(ctx, cmd); err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&musterpb.DepositManyResponse{}), nil
+}
+
 // maxTransfers bounds one page of transfers.
 const maxTransfers = 1000
 

@@ -97,7 +97,7 @@ func (f *fakeScheduler) ProposeForNode(context.Context, *musterpb.ProposeRequest
 }
 
 func (f *fakeScheduler) Session(_ context.Context, owner string, s *connect.BidiStream[musterpb.WorkerMessage, musterpb.SchedulerMessage]) error {
-	return s.Send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Stop{Stop: &musterpb.Stop{Reason: owner}}})
+	return s.Send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Welcome{Welcome: &musterpb.Welcome{Worker: owner}}})
 }
 
 // bench is two schedulers, of which the first leads, with accounts acme and
@@ -435,7 +435,7 @@ func TestSessionRedirect(t *testing.T) {
 	}
 	s = client.Session(t.Context(), b.http, b.addresses[0], b.keys["acme"])
 	_ = s.Send(nil)
-	if m, err := s.Receive(); err != nil || m.GetStop().GetReason() != "acme" {
+	if m, err := s.Receive(); err != nil || m.GetWelcome().GetWorker() != "acme" {
 		t.Errorf("%v, %v: the session is not that of the key's account", m, err)
 	}
 	_ = s.CloseRequest()

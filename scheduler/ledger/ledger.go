@@ -215,9 +215,22 @@ func (l *Ledger) check(e Entry) error {
 	if have := l.accounts[e.Debit].Available(); e.Debit != External && have < e.Amount {
 		return api.Errorf(api.Exhausted, "%s has %s available, %s is needed", e.Debit, have, e.Amount)
 	}
-	// Far from overflow: the world holds less than 2^62 micro-USD.
-	if e.Amount > 1<<61 || l.accounts[e.Credit].Balance > 1<<61 || l.accounts[External].Balance < -(1<<61) {
-		return api.Errorf(api.Exhausted, "%s: the ledger is full", e.Credit)
+	if e.Amount > maxMoney {
+		return api.Errorf(api.Exhausted, "amount %s: the ledger holds at most %s", e.Amount, maxMoney)
+	}
+	if e.Debit == External {
+		return l.HasRoomFor(e.Amount)
+	}
+	return nil
+}
+
+// maxMoney is all the money that can be inside, so that no sum overflows.
+const maxMoney api.MicroUSD = 1 << 61
+
+// HasRoomFor reports whether so much more money can come in.
+func (l *Ledger) HasRoomFor(amount api.MicroUSD) error {
+	if inside := -l.accounts[External].Balance; amount > maxMoney-inside {
+		return api.Errorf(api.Exhausted, "%s more: the ledger holds %s, and at most %s", amount, inside, maxMoney)
 	}
 	return nil
 }

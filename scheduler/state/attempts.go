@@ -8,6 +8,7 @@ import (
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/ledger"
+	"github.com/musternet/muster/verify"
 )
 
 const hourMS = 3_600_000
@@ -184,7 +185,7 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 	if a == nil {
 		return "", unknownAttempt(c.Commit.GetAttempt())
 	}
-	if a.Commit != nil && a.Commit.EqualVT(c.Commit) {
+	if verify.SameResult(a.Commit, c.Commit) {
 		return a.Id, nil // the worker did not hear the first answer
 	}
 	late := a.State == musterpb.AttemptState_ATTEMPT_STATE_LOST
@@ -198,6 +199,7 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 	}
 	fresh := s.attempts[a.Id].CloneVT()
 	fresh.State, fresh.CommittedUnixMs, fresh.Commit, fresh.LogDigest = musterpb.AttemptState_ATTEMPT_STATE_COMMITTED, s.now, c.Commit, c.Commit.LogDigest
+	fresh.Stored = c.Stored
 	fresh.Reason = ""
 	// Waiting for the scheduler to examine a result is not the customer's to pay.
 	if c.ReceivedUnixMs > 0 {

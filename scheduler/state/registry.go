@@ -64,15 +64,39 @@ func (s *State) createKey(c *musterpb.CreateKey) (string, error) {
 }
 
 func (s *State) deposit(c *musterpb.Deposit) (string, error) {
-	if s.accounts[c.Account] == nil {
-		return "", api.Errorf(api.NotFound, "account %q does not exist", c.Account)
+	return s.deposits(&musterpb.Deposits{Deposits: []*musterpb.Deposit{c}})
+}
+
+// MaxDeposits bounds how many deposits are taken together.
+const MaxDeposits = 8192
+
+// deposits takes all deposits or none.
+func (s *State) deposits(c *musterpb.Deposits) (string, error) {
+	if n := len(c.Deposits); n == 0 || n > MaxDeposits {
+		return "", api.Errorf(api.Invalid, "%d deposits: want 1 to %d at a time", n, MaxDeposits)
 	}
-	if amount := api.MicroUSD(c.AmountMicroUsd); amount > maxDeposit {
-		return "", api.Errorf(api.Invalid, "deposit of %s: at most %s at a time", amount, maxDeposit)
+	var total api.MicroUSD
+	for i, d := range c.Deposits {
+		amount := api.MicroUSD(d.AmountMicroUsd)
+		switch {
+		case s.accounts[d.Account] == nil:
+			return "", api.Errorf(api.NotFound, "deposit %d: account %q does not exist", i+1, d.Account)
+		case amount <= 0 || amount > maxDeposit:
+			return "", api.Errorf(api.Invalid, "deposit %d, %s for account %s: want more than zero and at most %s", i+1, amount, d.Account, maxDeposit)
+		}
+		if total += amount; total > maxDeposit {
+			return "", api.Errorf(api.Invalid, "deposits of more than %s: enter at most that much at a time", maxDeposit)
+		}
 	}
-	return "", s.ledger.Move(ledger.Entry{
-		TimeUnixMS: s.now, Debit: ledger.External, Credit: ledger.Of(c.Account), Amount: api.MicroUSD(c.AmountMicroUsd), Memo: c.Memo, Ref: "deposit",
-	})
+	if err := s.ledger.HasRoomFor(total); err != nil {
+		return "", err
+	}
+	for _, d := range c.Deposits {
+		must(s.ledger.Move(ledger.Entry{
+			TimeUnixMS: s.now, Debit: ledger.External, Credit: ledger.Of(d.Account), Amount: api.MicroUSD(d.AmountMicroUsd), Memo: d.Memo, Ref: "deposit",
+		}))
+	}
+	return "", nil
 }
 
 // registerNode makes a scheduler known, or changes its addresses. What it has

@@ -121,6 +121,8 @@ func (s *State) dispatch(cmd *musterpb.Command) (id string, err error) {
 		return s.createKey(body.CreateKey)
 	case *musterpb.Command_Deposit:
 		return s.deposit(body.Deposit)
+	case *musterpb.Command_Deposits:
+		return s.deposits(body.Deposits)
 	case *musterpb.Command_RegisterNode:
 		return s.registerNode(body.RegisterNode)
 	case *musterpb.Command_RegisterTip:

@@ -65,6 +65,8 @@ const (
 	MusterGetAccountProcedure = "/muster.v1.Muster/GetAccount"
 	// MusterDepositProcedure is the fully-qualified name of the Muster's Deposit RPC.
 	MusterDepositProcedure = "/muster.v1.Muster/Deposit"
+	// MusterDepositManyProcedure is the fully-qualified name of the Muster's DepositMany RPC.
+	MusterDepositManyProcedure = "/muster.v1.Muster/DepositMany"
 	// MusterListTransfersProcedure is the fully-qualified name of the Muster's ListTransfers RPC.
 	MusterListTransfersProcedure = "/muster.v1.Muster/ListTransfers"
 	// MusterClusterStatusProcedure is the fully-qualified name of the Muster's ClusterStatus RPC.
@@ -93,6 +95,7 @@ type MusterClient interface {
 	CreateAccount(context.Context, *connect.Request[musterpb.CreateAccountRequest]) (*connect.Response[musterpb.CreateAccountResponse], error)
 	GetAccount(context.Context, *connect.Request[musterpb.GetAccountRequest]) (*connect.Response[musterpb.GetAccountResponse], error)
 	Deposit(context.Context, *connect.Request[musterpb.DepositRequest]) (*connect.Response[musterpb.DepositResponse], error)
+	DepositMany(context.Context, *connect.Request[musterpb.DepositManyRequest]) (*connect.Response[musterpb.DepositManyResponse], error)
 	ListTransfers(context.Context, *connect.Request[musterpb.ListTransfersRequest]) (*connect.Response[musterpb.ListTransfersResponse], error)
 	ClusterStatus(context.Context, *connect.Request[musterpb.ClusterStatusRequest]) (*connect.Response[musterpb.ClusterStatusResponse], error)
 }
@@ -192,6 +195,12 @@ func NewMusterClient(httpClient connect.HTTPClient, baseURL string, opts ...conn
 			connect.WithSchema(musterMethods.ByName("Deposit")),
 			connect.WithClientOptions(opts...),
 		),
+		depositMany: connect.NewClient[musterpb.DepositManyRequest, musterpb.DepositManyResponse](
+			httpClient,
+			baseURL+MusterDepositManyProcedure,
+			connect.WithSchema(musterMethods.ByName("DepositMany")),
+			connect.WithClientOptions(opts...),
+		),
 		listTransfers: connect.NewClient[musterpb.ListTransfersRequest, musterpb.ListTransfersResponse](
 			httpClient,
 			baseURL+MusterListTransfersProcedure,
@@ -223,6 +232,7 @@ type musterClient struct {
 	createAccount *connect.Client[musterpb.CreateAccountRequest, musterpb.CreateAccountResponse]
 	getAccount    *connect.Client[musterpb.GetAccountRequest, musterpb.GetAccountResponse]
 	deposit       *connect.Client[musterpb.DepositRequest, musterpb.DepositResponse]
+	depositMany   *connect.Client[musterpb.DepositManyRequest, musterpb.DepositManyResponse]
 	listTransfers *connect.Client[musterpb.ListTransfersRequest, musterpb.ListTransfersResponse]
 	clusterStatus *connect.Client[musterpb.ClusterStatusRequest, musterpb.ClusterStatusResponse]
 }
@@ -297,6 +307,11 @@ func (c *musterClient) Deposit(ctx context.Context, req *connect.Request[musterp
 	return c.deposit.CallUnary(ctx, req)
 }
 
+// DepositMany calls muster.v1.Muster.DepositMany.
+func (c *musterClient) DepositMany(ctx context.Context, req *connect.Request[musterpb.DepositManyRequest]) (*connect.Response[musterpb.DepositManyResponse], error) {
+	return c.depositMany.CallUnary(ctx, req)
+}
+
 // ListTransfers calls muster.v1.Muster.ListTransfers.
 func (c *musterClient) ListTransfers(ctx context.Context, req *connect.Request[musterpb.ListTransfersRequest]) (*connect.Response[musterpb.ListTransfersResponse], error) {
 	return c.listTransfers.CallUnary(ctx, req)
@@ -323,6 +338,7 @@ type MusterHandler interface {
 	CreateAccount(context.Context, *connect.Request[musterpb.CreateAccountRequest]) (*connect.Response[musterpb.CreateAccountResponse], error)
 	GetAccount(context.Context, *connect.Request[musterpb.GetAccountRequest]) (*connect.Response[musterpb.GetAccountResponse], error)
 	Deposit(context.Context, *connect.Request[musterpb.DepositRequest]) (*connect.Response[musterpb.DepositResponse], error)
+	DepositMany(context.Context, *connect.Request[musterpb.DepositManyRequest]) (*connect.Response[musterpb.DepositManyResponse], error)
 	ListTransfers(context.Context, *connect.Request[musterpb.ListTransfersRequest]) (*connect.Response[musterpb.ListTransfersResponse], error)
 	ClusterStatus(context.Context, *connect.Request[musterpb.ClusterStatusRequest]) (*connect.Response[musterpb.ClusterStatusResponse], error)
 }
@@ -418,6 +434,12 @@ func NewMusterHandler(svc MusterHandler, opts ...connect.HandlerOption) (string,
 		connect.WithSchema(musterMethods.ByName("Deposit")),
 		connect.WithHandlerOptions(opts...),
 	)
+	musterDepositManyHandler := connect.NewUnaryHandler(
+		MusterDepositManyProcedure,
+		svc.DepositMany,
+		connect.WithSchema(musterMethods.ByName("DepositMany")),
+		connect.WithHandlerOptions(opts...),
+	)
 	musterListTransfersHandler := connect.NewUnaryHandler(
 		MusterListTransfersProcedure,
 		svc.ListTransfers,
@@ -460,6 +482,8 @@ func NewMusterHandler(svc MusterHandler, opts ...connect.HandlerOption) (string,
 			musterGetAccountHandler.ServeHTTP(w, r)
 		case MusterDepositProcedure:
 			musterDepositHandler.ServeHTTP(w, r)
+		case MusterDepositManyProcedure:
+			musterDepositManyHandler.ServeHTTP(w, r)
 		case MusterListTransfersProcedure:
 			musterListTransfersHandler.ServeHTTP(w, r)
 		case MusterClusterStatusProcedure:
@@ -527,6 +551,10 @@ func (UnimplementedMusterHandler) GetAccount(context.Context, *connect.Request[m
 
 func (UnimplementedMusterHandler) Deposit(context.Context, *connect.Request[musterpb.DepositRequest]) (*connect.Response[musterpb.DepositResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("muster.v1.Muster.Deposit is not implemented"))
+}
+
+func (UnimplementedMusterHandler) DepositMany(context.Context, *connect.Request[musterpb.DepositManyRequest]) (*connect.Response[musterpb.DepositManyResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("muster.v1.Muster.DepositMany is not implemented"))
 }
 
 func (UnimplementedMusterHandler) ListTransfers(context.Context, *connect.Request[musterpb.ListTransfersRequest]) (*connect.Response[musterpb.ListTransfersResponse], error) {

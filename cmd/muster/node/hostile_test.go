@@ -164,15 +164,15 @@ func TestHostileResults(t *testing.T) {
 		after  func(w *rawWorker, p *product) // then it is uploaded
 		want   string
 	}{
-		{name: "signed by another key", after: func(w *rawWorker, p *product) { verify.SignCommit(newKey(t), p.commit) }, want: "the signature is not by the worker that ran it"},
+		{name: "signed by another key", after: func(w *rawWorker, p *product) { verify.SignCommits(newKey(t), p.commit) }, want: "the signature is not by the worker that ran it"},
 		{name: "no signature", after: func(w *rawWorker, p *product) { p.commit.Signature = nil }, want: "the signature is not by the worker that ran it"},
 		{name: "changed after signing", after: func(w *rawWorker, p *product) { p.commit.OutputBytes++ }, want: "the signature is not by the worker that ran it"},
-		{name: "no root", after: func(w *rawWorker, p *product) { p.commit.Root = nil; verify.SignCommit(w.key, p.commit) }, want: "the root has 0 bytes, want 32"},
-		{name: "another root", after: func(w *rawWorker, p *product) { p.commit.Root = make([]byte, 32); verify.SignCommit(w.key, p.commit) }, want: "does not have the Merkle root that was signed"},
+		{name: "no root", after: func(w *rawWorker, p *product) { p.commit.Root = nil; verify.SignCommits(w.key, p.commit) }, want: "the root has 0 bytes, want 32"},
+		{name: "another root", after: func(w *rawWorker, p *product) { p.commit.Root = make([]byte, 32); verify.SignCommits(w.key, p.commit) }, want: "does not have the Merkle root that was signed"},
 		{name: "manifest of another attempt", before: func(p *product) {}, after: func(w *rawWorker, p *product) {
 			p.manifest.Attempt = "att-0000000000000000"
 			p.commit.ManifestDigest = string(api.DigestOf(p.encoded()))
-			verify.SignCommit(w.key, p.commit)
+			verify.SignCommits(w.key, p.commit)
 		}, want: `the manifest is of attempt "att-0000000000000000"`},
 		{name: "item left out", before: func(p *product) { p.manifest.Items = p.manifest.Items[1:] }, want: "the manifest lists 3 items in place of 4"},
 		{name: "item twice", before: func(p *product) { p.manifest.Items[1] = p.manifest.Items[0] }, want: "the manifest lists index 0 in place of 1"},
@@ -183,26 +183,26 @@ func TestHostileResults(t *testing.T) {
 		{name: "garbage for a manifest", after: func(w *rawWorker, p *product) {
 			garbage := bytes.Repeat([]byte{0xff}, 333)
 			p.commit.ManifestDigest = string(w.put(w.account, garbage))
-			verify.SignCommit(w.key, p.commit)
+			verify.SignCommits(w.key, p.commit)
 		}, want: "can't be decoded"},
 		{name: "a manifest of nothing but empty items", spec: one, after: func(w *rawWorker, p *product) {
 			bomb := bytes.Repeat([]byte{manifestItems<<3 | 2, 0}, 2000)
 			p.commit.ManifestDigest = string(w.put(w.account, bomb))
-			verify.SignCommit(w.key, p.commit)
+			verify.SignCommits(w.key, p.commit)
 		}, want: "the manifest lists 2000 items in place of 1"},
 		{name: "a manifest of megabytes", spec: one, after: func(w *rawWorker, p *product) {
 			bomb := bytes.Repeat([]byte{manifestItems<<3 | 2, 0}, 1<<20)
 			p.commit.ManifestDigest = string(w.put(w.account, bomb))
-			verify.SignCommit(w.key, p.commit)
+			verify.SignCommits(w.key, p.commit)
 		}, want: "at most 4352 are allowed for 1 items"},
 		{name: "no digest at all", after: func(w *rawWorker, p *product) {
 			p.commit.ArchiveDigest = "../../etc/passwd"
-			verify.SignCommit(w.key, p.commit)
+			verify.SignCommits(w.key, p.commit)
 		}, want: "want sha256: and 64 lower-case hex digits"},
 		{name: "archive cut short", after: func(w *rawWorker, p *product) {
 			p.archive = p.archive[:len(p.archive)-20]
 			p.commit.ArchiveDigest = string(api.DigestOf(p.archive))
-			verify.SignCommit(w.key, p.commit)
+			verify.SignCommits(w.key, p.commit)
 		}, want: "were signed"},
 		{name: "archive cut short, sizes lie too", before: func(p *product) {
 			p.archive = p.archive[:len(p.archive)-20]
@@ -350,9 +350,9 @@ func TestCommitsThatAreNotTheWorkersToMake(t *testing.T) {
 	if o := mallory.outcome(a.Attempt); o.Accepted || !strings.Contains(o.Reason, "is not one of worker "+mallory.id) {
 		t.Errorf("another worker's attempt: %v", o)
 	}
-	mallory.send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Failed{Failed: &musterpb.AttemptFailed{Attempt: a.Attempt, Reason: "sabotage", Blame: musterpb.Blame_BLAME_JOB, ExitCode: 1}}})
+	mallory.send(reported(&musterpb.Reports{Failed: []*musterpb.AttemptFailed{&musterpb.AttemptFailed{Attempt: a.Attempt, Reason: "sabotage", Blame: musterpb.Blame_BLAME_JOB, ExitCode: 1}}}))
 	mallory.outcome(a.Attempt)
-	mallory.send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Commit{Commit: &musterpb.Commit{Attempt: "att-none"}}})
+	mallory.send(reported(&musterpb.Reports{Commits: []*musterpb.Commit{&musterpb.Commit{Attempt: "att-none"}}}))
 	if o := mallory.outcome("att-none"); o.Accepted {
 		t.Error("an attempt that does not exist was committed")
 	}
@@ -365,7 +365,7 @@ func TestCommitsThatAreNotTheWorkersToMake(t *testing.T) {
 		if o := alice.outcome(a.Attempt); !o.Accepted {
 			t.Errorf("commit %d: %v", i+1, o)
 		}
-		alice.send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Commit{Commit: p.commit}})
+		alice.send(reported(&musterpb.Reports{Commits: []*musterpb.Commit{p.commit}}))
 	}
 	other := alice.produce(a, func(uint64) map[string][]byte { return map[string][]byte{"other.txt": []byte("second thoughts")} })
 	alice.outcome(a.Attempt)
@@ -394,9 +394,9 @@ func TestHostileFailureReports(t *testing.T) {
 	w := l.worker("mallory").connect()
 	job := l.submit(nil)
 	a := w.assigned()
-	w.send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Failed{Failed: &musterpb.AttemptFailed{
+	w.send(reported(&musterpb.Reports{Failed: []*musterpb.AttemptFailed{&musterpb.AttemptFailed{
 		Attempt: a.Attempt, Reason: strings.Repeat("ä", 1<<20), Blame: musterpb.Blame(77), LogDigest: strings.Repeat("x", 1<<20),
-	}}})
+	}}}))
 	w.outcome(a.Attempt)
 	got := l.attempt(job, a.Attempt)
 	if got.State != musterpb.AttemptState_ATTEMPT_STATE_FAILED || got.Blame != musterpb.Blame_BLAME_WORKER || got.LogDigest != "" || len(got.Reason) > 1010 {
@@ -412,7 +412,7 @@ func TestFlood(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 20_000 {
 		mallory.mu.Lock()
-		err := mallory.stream.Send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Commit{Commit: &musterpb.Commit{Attempt: client.NewID()}}})
+		err := mallory.stream.Send(reported(&musterpb.Reports{Commits: []*musterpb.Commit{&musterpb.Commit{Attempt: client.NewID()}}}))
 		mallory.mu.Unlock()
 		if err != nil {
 			break
@@ -561,7 +561,7 @@ func TestStreamBreaksDuringExamination(t *testing.T) {
 	w.offer(p)
 	w.leave()
 	w.connect()
-	w.send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Commit{Commit: p.commit}})
+	w.send(reported(&musterpb.Reports{Commits: []*musterpb.Commit{p.commit}}))
 	if o := w.outcome(a.Attempt); !o.Accepted {
 		t.Errorf("refused: %s", o.Reason)
 	}

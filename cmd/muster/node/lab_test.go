@@ -363,7 +363,9 @@ func (w *rawWorker) connect() *rawWorker {
 				close(messages)
 				return
 			}
-			messages <- m
+			for _, one := range split(m) {
+				messages <- one
+			}
 		}
 	}(w.stream, w.messages, w.ended)
 	go w.beat(w.stream)
@@ -446,11 +448,11 @@ func next[T any](w *rawWorker, what string, pick func(*musterpb.SchedulerMessage
 // assigned waits for an assignment, and says that it was started.
 func (w *rawWorker) assigned() *musterpb.Assignment {
 	w.t.Helper()
-	a := next(w, "assignment", (*musterpb.SchedulerMessage).GetAssign)
+	a := next(w, "assignment", assignmentIn)
 	w.mu.Lock()
 	w.running = append(w.running, a.Attempt)
 	w.mu.Unlock()
-	w.send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Started{Started: &musterpb.AttemptStarted{Attempt: a.Attempt}}})
+	w.send(reported(&musterpb.Reports{Started: []string{a.Attempt}}))
 	return a
 }
 
@@ -464,7 +466,7 @@ func (w *rawWorker) forget(attempt string) {
 func (w *rawWorker) outcome(attempt string) *musterpb.Outcome {
 	w.t.Helper()
 	o := next(w, "outcome of "+attempt, func(m *musterpb.SchedulerMessage) *musterpb.Outcome {
-		if o := m.GetOutcome(); o.GetAttempt() == attempt {
+		if o := outcomeIn(m); o.GetAttempt() == attempt {
 			return o
 		}
 		return nil
@@ -527,7 +529,7 @@ func (p *product) seal(w *rawWorker) *product {
 		Attempt: p.manifest.Attempt, Root: verify.Root(p.manifest), ManifestDigest: string(api.DigestOf(p.encoded())),
 		ArchiveDigest: string(api.DigestOf(p.archive)), ArchiveBytes: int64(len(p.archive)), OutputBytes: total,
 	}
-	verify.SignCommit(w.key, p.commit)
+	verify.SignCommits(w.key, p.commit)
 	return p
 }
 
@@ -548,7 +550,7 @@ func (w *rawWorker) offer(p *product) {
 	if p.skip != "manifest" {
 		w.put(w.account, p.encoded())
 	}
-	w.send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Commit{Commit: p.commit}})
+	w.send(reported(&musterpb.Reports{Commits: []*musterpb.Commit{p.commit}}))
 }
 
 // deliver produces an honest result and wants it accepted.
@@ -564,9 +566,9 @@ func (w *rawWorker) deliver(a *musterpb.Assignment) {
 func (w *rawWorker) work() *rawWorker {
 	go func() {
 		for m := range w.messages {
-			a := m.GetAssign()
+			a := assignmentIn(m)
 			if a == nil {
-				if o := m.GetOutcome(); o != nil {
+				if o := outcomeIn(m); o != nil {
 					w.forget(o.Attempt)
 				}
 				continue
@@ -608,4 +610,50 @@ type testLog struct{ t *testing.T }
 func (l testLog) Write(p []byte) (int, error) {
 	l.t.Log(strings.TrimSpace(string(p)))
 	return len(p), nil
+}
+
+// split makes messages of one order each.
+func split(m *musterpb.SchedulerMessage) []*musterpb.SchedulerMessage {
+	o := m.GetOrders()
+	if o == nil {
+		return []*musterpb.SchedulerMessage{m}
+	}
+	var list []*musterpb.SchedulerMessage
+	one := func(o *musterpb.Orders) {
+		list = append(list, &musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Orders{Orders: o}})
+	}
+	for _, a := range o.Assign {
+		if a.Like > 0 {
+			like := o.Assign[a.Like-1].CloneVT()
+			like.Attempt, like.Indexes, like.Devices, like.PriceMicroUsdPerHour = a.Attempt, a.Indexes, a.Devices, a.PriceMicroUsdPerHour
+			a = like
+		}
+		one(&musterpb.Orders{Assign: []*musterpb.Assignment{a}})
+	}
+	for _, s := range o.Stop {
+		one(&musterpb.Orders{Stop: []*musterpb.Stop{s}})
+	}
+	for _, oc := range o.Outcomes {
+		one(&musterpb.Orders{Outcomes: []*musterpb.Outcome{oc}})
+	}
+	return list
+}
+
+// assignmentIn and outcomeIn are what a message of one order holds, or nil.
+func assignmentIn(m *musterpb.SchedulerMessage) *musterpb.Assignment {
+	if list := m.GetOrders().GetAssign(); len(list) > 0 {
+		return list[0]
+	}
+	return nil
+}
+
+func outcomeIn(m *musterpb.SchedulerMessage) *musterpb.Outcome {
+	if list := m.GetOrders().GetOutcomes(); len(list) > 0 {
+		return list[0]
+	}
+	return nil
+}
+
+func reported(r *musterpb.Reports) *musterpb.WorkerMessage {
+	return &musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: r}}
 }
