@@ -432,7 +432,9 @@ func TestCloseWhileBusy(t *testing.T) {
 func TestProposeAll(t *testing.T) {
 	n := open(t, Config{ID: "alone", Bootstrap: true}, nil)
 	receive(t, n.leads, "lead")
-	answers, err := n.ProposeAll(t.Context(), []*musterpb.Command{createAccount("acme"), createAccount("acme"), createAccount("zeta")})
+	again := createAccount("acme")
+	again.Id = "another request"
+	answers, err := n.ProposeAll(t.Context(), []*musterpb.Command{createAccount("acme"), again, createAccount("zeta")})
 	if err != nil || len(answers) != 3 {
 		t.Fatalf("%v, %v", answers, err)
 	}
