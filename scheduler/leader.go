@@ -44,6 +44,7 @@ type leader struct {
 	// worker's stream breaks, and ends with the leadership.
 	ctx       context.Context
 	examiners *semaphore.Weighted
+	bundles   *bundles
 	wake      chan struct{} // capacity 1: sessions or leases changed
 
 	mu        sync.Mutex
@@ -68,10 +69,12 @@ type lease struct {
 const maxLogTail = 64 << 10
 
 func newLeader(ctx context.Context, s *Scheduler) *leader {
-	return &leader{
+	l := &leader{
 		Scheduler: s, ctx: ctx, examiners: semaphore.NewWeighted(maxExaminers), wake: make(chan struct{}, 1),
 		sessions: map[string]*session{}, leases: map[string]*lease{}, byAccount: map[string]*semaphore.Weighted{}, waiting: map[string]int{}, unread: map[string]time.Time{}, began: s.Replica.Now(), busy: map[string]bool{},
 	}
+	l.bundles = &bundles{l: l, pending: map[string]*pending{}}
+	return l
 }
 
 // run runs the loops until the leadership ends.
@@ -192,20 +195,15 @@ func (l *leader) place(ctx context.Context, p place.Placement) bool {
 	l.leases[id] = &lease{worker: p.Worker, deadline: time.Now().Add(ttl)}
 	l.mu.Unlock()
 	if s != nil {
-		s.send(orders(&musterpb.Orders{Assign: []*musterpb.Assignment{l.assignment(a)}}))
+		s.assign(l.assignment(a))
 	}
 	return true
 }
 
 // assignment is what a worker learns of an attempt: the same for work and for
 // checks.
-func (l *leader) assignment(a *musterpb.Attempt) *musterpb.Assignment {
-	spec := l.State.Job(a.Job).Spec
-	return &musterpb.Assignment{
-		Attempt: a.Id, Image: spec.Image, Command: spec.Command, Env: spec.Env, Inputs: spec.Inputs, Items: spec.Items,
-		Indexes: l.State.ItemsOf(a), Resources: spec.Resources, Devices: a.Devices, TimeoutMs: spec.TimeoutMs,
-		Outputs: spec.Outputs, Network: spec.Network, PriceMicroUsdPerHour: a.PriceMicroUsdPerHour,
-	}
+func (l *leader) assignment(a *musterpb.Attempt) assignment {
+	return assignment{l.State.Job(a.Job).Spec, a, l.State.ItemsOf(a)}
 }
 
 // workers is what placement sees of the workers.
@@ -468,6 +466,18 @@ func (l *leader) accountExaminers(account string) *semaphore.Weighted {
 		l.byAccount[account] = semaphore.NewWeighted(maxAccountExaminers)
 	}
 	return l.byAccount[account]
+}
+
+// goBeside runs f beside the caller, and reports whether it does: a leader that
+// stops begins nothing any more.
+func (l *leader) goBeside(f func()) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return false
+	}
+	l.work.Go(f)
+	return true
 }
 
 // beside runs f beside the caller, unless something with that key is under way.

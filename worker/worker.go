@@ -73,13 +73,9 @@ type Worker struct {
 	found      gpu.Inventory   // guarded by mu; what the detector found last
 	runs       map[string]*run // guarded by mu; by attempt, until the schedulers know how it ended
 	schedulers []string        // guarded by mu; addresses to dial, the best first
-	outbox     chan *musterpb.WorkerMessage
 	attempts   sync.WaitGroup
+	news       *news
 }
-
-// maxOutbox bounds what waits for the stream; what does not fit is said again
-// at the next heartbeat or session.
-const maxOutbox = 1024
 
 // New makes a worker.
 func New(cfg Config) *Worker {
@@ -91,7 +87,7 @@ func New(cfg Config) *Worker {
 	}
 	w := &Worker{
 		Config: cfg, id: string(api.WorkerIDOf(cfg.Key.Public().(ed25519.PublicKey))), http: &http.Client{Transport: client.NewTransport()},
-		found: cfg.Inventory, restate: make(chan struct{}, 1), runs: map[string]*run{}, schedulers: slices.Clone(cfg.Schedulers), outbox: make(chan *musterpb.WorkerMessage, maxOutbox),
+		found: cfg.Inventory, restate: make(chan struct{}, 1), runs: map[string]*run{}, schedulers: slices.Clone(cfg.Schedulers), news: newNews(),
 	}
 	w.blobs = client.Blobs(w.http, cfg.APIKey, w.addresses)
 	return w

@@ -36,6 +36,10 @@ const (
 // MaxLineBytes bounds a line of an input and of ResultsFile.
 const MaxLineBytes = 16 << 20
 
+// MaxInline bounds a manifest, an archive and a log that travel with their
+// worker's report, in place of being uploaded before it.
+const MaxInline = 32 << 10
+
 // maxPathBytes bounds the path of an output file within its item.
 const maxPathBytes = 1024
 
