@@ -13,8 +13,6 @@ import (
 	"path"
 	"path/filepath"
 
-	"github.com/klauspost/compress/zstd"
-
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 )
@@ -42,23 +40,49 @@ func WalkItem(ctx context.Context, archive io.ReaderAt, mi *musterpb.ManifestIte
 	if mi.GetOutputBytes() < 0 || mi.GetOffset() < 0 || mi.GetLength() <= 0 {
 		return invalid(mi, "the manifest has a negative size")
 	}
-	from := &origin{r: io.NewSectionReader(archive, mi.Offset, mi.Length), ctx: ctx}
-	z, err := zstd.NewReader(from, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderLowmem(true))
-	if err != nil {
-		return api.Errorf(api.Internal, "zstd: %w", err)
-	}
-	defer z.Close()
-	w := &walk{mi: mi, left: mi.OutputBytes, visit: visit, paths: make(map[string]bool)}
-	err = w.tar(&bounded{r: z, left: mi.OutputBytes + (int64(mi.Files)+1)*tarOverhead})
+	w := &walk{mi: mi, left: mi.OutputBytes, visit: visit}
+	stored, err := w.frame(ctx, archive, mi.OutputBytes+(int64(mi.Files)+1)*tarOverhead)
 	switch {
-	case from.err != nil:
-		return api.Errorf(api.KindOf(from.err), "index %d: %w", mi.Index, from.err) // the store failed, not the worker
+	case stored != nil:
+		return api.Errorf(api.KindOf(stored), "index %d: %w", mi.Index, stored) // the store failed, not the worker
 	case w.visitErr != nil:
 		return w.visitErr
 	case err != nil:
 		return invalid(mi, "the frame is damaged: %w", err)
 	}
 	return w.verify()
+}
+
+// frame walks the item's frame, which may unpack to most bytes. It tells errors
+// of the archive's store from damage.
+func (w *walk) frame(ctx context.Context, archive io.ReaderAt, most int64) (stored, damaged error) {
+	if isSmall(w.mi.Length, most) {
+		if err := ctx.Err(); err != nil {
+			return givenUp(err), nil
+		}
+		d := smallDecoders.Get().(*smallDecoder)
+		defer smallDecoders.Put(d)
+		unpacked, whole, err := d.unpack(archive, w.mi.Offset, w.mi.Length, most)
+		if err != nil {
+			return err, nil
+		}
+		if whole {
+			return nil, w.tar(bytes.NewReader(unpacked))
+		}
+		// Read as a stream, the errors say what is wrong.
+	}
+	from := &origin{r: io.NewSectionReader(archive, w.mi.Offset, w.mi.Length), ctx: ctx}
+	z, release, err := stream(from)
+	if err != nil {
+		return err, nil
+	}
+	defer release()
+	err = w.tar(&bounded{r: z, left: most})
+	return from.err, err
+}
+
+func givenUp(err error) error {
+	return api.Errorf(api.Unavailable, "reading the archive was given up: %w", err)
 }
 
 func invalid(mi *musterpb.ManifestItem, format string, args ...any) error {
@@ -74,7 +98,7 @@ type origin struct {
 
 func (o *origin) Read(p []byte) (int, error) {
 	if err := o.ctx.Err(); err != nil {
-		o.err = api.Errorf(api.Unavailable, "reading the archive was given up: %w", err)
+		o.err = givenUp(err)
 		return 0, o.err
 	}
 	n, err := o.r.Read(p)
@@ -93,7 +117,7 @@ type bounded struct {
 func (b *bounded) Read(p []byte) (int, error) {
 	n, err := b.r.Read(p)
 	if b.left -= int64(n); b.left < 0 {
-		return 0, errors.New("it unpacks to more than the manifest declares")
+		return 0, errTooMuch
 	}
 	return n, err
 }
@@ -105,7 +129,7 @@ type walk struct {
 	visit    func(string, int64, io.Reader) error
 	visitErr error
 	last     string
-	paths    map[string]bool
+	paths    nameSet // nil until it can matter
 	files    []fileDigest
 }
 
@@ -153,12 +177,16 @@ func (w *walk) file(header *tar.Header, content io.Reader) error {
 	case header.Size > w.left:
 		return errors.New("it holds more bytes than the manifest declares")
 	}
-	for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
-		if w.paths[dir] {
-			return errors.New(shorten(name) + " lies below a file")
-		}
+	if w.paths.parent(name) != "" {
+		return errors.New(shorten(name) + " lies below a file")
 	}
-	w.paths[name], w.last = true, name
+	if w.mi.Files > 1 {
+		if w.paths == nil {
+			w.paths = make(nameSet)
+		}
+		w.paths[name] = true
+	}
+	w.last = name
 	w.left -= header.Size
 	h := sha256.New()
 	counted := &counter{r: io.TeeReader(content, h)}

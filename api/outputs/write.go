@@ -23,10 +23,6 @@ import (
 	"github.com/musternet/muster/api/musterpb"
 )
 
-// maxWindow bounds the memory that reading a frame takes; every frame that
-// Write makes stays within it.
-const maxWindow = 8 << 20
-
 // Write packs what a job's program left in dir, the host's side of /out, into
 // the file dst, and returns the manifest's items. Items come in order of index.
 //
@@ -47,15 +43,13 @@ func Write(ctx context.Context, dir string, mode musterpb.OutputMode, items []It
 	if err != nil {
 		return nil, Summary{}, diskError(err)
 	}
-	w, err := newWriter(ctx, f, root, limits)
-	if err == nil {
-		if mode == musterpb.OutputMode_OUTPUT_MODE_LINES {
-			err = w.lines(items)
-		} else {
-			err = w.directories(items)
-		}
-		err = errors.Join(err, w.zstd.Close())
+	w := newWriter(ctx, f, root, limits)
+	if mode == musterpb.OutputMode_OUTPUT_MODE_LINES {
+		err = w.lines(items)
+	} else {
+		err = w.directories(items)
 	}
+	w.close()
 	if err == nil {
 		err = diskError(f.Sync())
 	}
@@ -81,26 +75,31 @@ func diskError(err error) error {
 // writer appends frames to an archive.
 type writer struct {
 	ctx    context.Context
-	root   *os.Root // /out
+	root   *os.Root // /out; nil where the files are in memory
 	limits Limits
 
-	archive  *os.File
+	archive  io.Writer
 	sum      hash.Hash // of the archive
 	offset   int64     // its length
-	zstd     *zstd.Encoder
+	small    *smallEncoder
+	zstd     *zstd.Encoder // nil until an item is too large for small
 	manifest []*musterpb.ManifestItem
 	bytes    int64 // of all outputs so far
 	files    int
 }
 
-func newWriter(ctx context.Context, archive *os.File, root *os.Root, limits Limits) (*writer, error) {
-	w := &writer{ctx: ctx, root: root, limits: limits, archive: archive, sum: sha256.New()}
-	var err error
-	w.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(maxWindow), zstd.WithEncoderLevel(zstd.SpeedDefault))
-	if err != nil {
-		return nil, api.Errorf(api.Internal, "zstd: %w", err)
+// newWriter returns a writer that close must follow.
+func newWriter(ctx context.Context, archive io.Writer, root *os.Root, limits Limits) *writer {
+	return &writer{ctx: ctx, root: root, limits: limits, archive: archive, sum: sha256.New(), small: smallEncoders.Get().(*smallEncoder)}
+}
+
+// close gives the compressors back.
+func (w *writer) close() {
+	smallEncoders.Put(w.small)
+	if w.zstd != nil {
+		w.zstd.Reset(nil)
+		streamEncoders.Put(w.zstd)
 	}
-	return w, nil
 }
 
 func (w *writer) summary() Summary {
@@ -120,29 +119,25 @@ type source struct {
 	path  string // within the item
 	shown string // as a message names it
 	size  int64
+	data  []byte // its content, where open is nil
 	open  func() (io.ReadCloser, error)
 }
 
 // frame appends the frame of one item.
 func (w *writer) frame(item Item, sources []source) error {
 	slices.SortFunc(sources, func(a, b source) int { return strings.Compare(a.path, b.path) })
-	start, total := w.offset, int64(0)
-	w.zstd.Reset(w)
-	t := tar.NewWriter(w.zstd)
-	files := make([]fileDigest, 0, len(sources))
+	start, total, most := w.offset, int64(0), int64(tarOverhead)
 	for _, s := range sources {
-		sum, err := w.file(t, s)
-		if err != nil {
-			return fmt.Errorf("item %d: %w", item.Value, err)
-		}
-		files = append(files, fileDigest{s.path, s.size, sum})
 		total += s.size
+		most += s.size + tarOverhead
 	}
-	if err := t.Close(); err != nil {
-		return diskError(err)
+	pack := w.streamed
+	if most <= maxSmall {
+		pack = w.inOnePiece
 	}
-	if err := w.zstd.Close(); err != nil {
-		return diskError(err)
+	files, err := pack(item, sources)
+	if err != nil {
+		return err
 	}
 	w.bytes += total
 	w.files += len(sources)
@@ -157,10 +152,57 @@ func (w *writer) frame(item Item, sources []source) error {
 	return nil
 }
 
+// inOnePiece appends a frame that fits in memory.
+func (w *writer) inOnePiece(item Item, sources []source) ([]fileDigest, error) {
+	e := w.small
+	e.tar.b = e.tar.b[:0]
+	files, err := w.tar(&e.tar, item, sources)
+	if err != nil {
+		return nil, err
+	}
+	e.out = e.zstd.EncodeAll(e.tar.b, e.out[:0])
+	_, err = w.Write(e.out)
+	return files, err
+}
+
+// streamed appends a frame of any size.
+func (w *writer) streamed(item Item, sources []source) ([]fileDigest, error) {
+	if w.zstd == nil {
+		w.zstd = streamEncoders.Get().(*zstd.Encoder)
+	}
+	w.zstd.Reset(w)
+	files, err := w.tar(w.zstd, item, sources)
+	if err != nil {
+		return nil, err
+	}
+	return files, diskError(w.zstd.Close())
+}
+
+// tar writes an item's files and returns their digests.
+func (w *writer) tar(to io.Writer, item Item, sources []source) ([]fileDigest, error) {
+	t := tar.NewWriter(to)
+	files := make([]fileDigest, 0, len(sources))
+	for _, s := range sources {
+		sum, err := w.file(t, s)
+		if err != nil {
+			return nil, fmt.Errorf("item %d: %w", item.Value, err)
+		}
+		files = append(files, fileDigest{s.path, s.size, sum})
+	}
+	return files, diskError(t.Close())
+}
+
+// epoch is the time of every file: outputs have none.
+var epoch = time.Unix(0, 0)
+
 // file streams one file into the item's tar and hashes it on the way.
 func (w *writer) file(t *tar.Writer, s source) (sum [sha256.Size]byte, err error) {
-	if err := t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: s.path, Size: s.size, Mode: 0o644, ModTime: time.Unix(0, 0)}); err != nil {
+	if err := t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: s.path, Size: s.size, Mode: 0o644, ModTime: epoch}); err != nil {
 		return sum, diskError(err)
+	}
+	if s.open == nil {
+		_, err := t.Write(s.data)
+		return sha256.Sum256(s.data), diskError(err)
 	}
 	r, err := s.open()
 	if err != nil {
