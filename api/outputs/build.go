@@ -18,8 +18,7 @@ type ItemFiles struct {
 // here too, with an error of kind api.Invalid that names item and file. It keeps
 // nothing of items.
 func Build(items []ItemFiles, limits Limits) (archive []byte, manifest []*musterpb.ManifestItem, summary Summary, err error) {
-	out := &sliceWriter{}
-	w := newWriter(context.Background(), out, nil, limits)
+	w := newWriter(context.Background(), (*sliceWriter)(&archive), nil, limits)
 	defer w.close()
 	var sources []source
 	for _, item := range items {
@@ -31,7 +30,7 @@ func Build(items []ItemFiles, limits Limits) (archive []byte, manifest []*muster
 			return nil, nil, Summary{}, err
 		}
 	}
-	return out.b, w.manifest, w.summary(), nil
+	return archive, w.manifest, w.summary(), nil
 }
 
 // inMemory appends the files of an item to sources, checked.
@@ -42,12 +41,16 @@ func (w *writer) inMemory(item ItemFiles, sources []source) ([]source, error) {
 	if len(item.Files) > w.limits.Files {
 		return nil, api.Errorf(api.Invalid, "item %d: has more than the limit of %d files", item.Value, w.limits.Files)
 	}
-	names, total := make(nameSet), int64(0)
+	var names nameSet // one file alone cannot be in the way of another
+	if len(item.Files) > 1 {
+		names = make(nameSet, len(item.Files))
+	}
+	total := int64(0)
 	for _, f := range item.Files {
 		if problem := checkPath(f.Path); problem != "" {
 			return nil, api.Errorf(api.Invalid, "item %d: %s %s", item.Value, shorten(f.Path), problem)
 		}
-		if len(item.Files) > 1 {
+		if names != nil {
 			names[f.Path] = true
 		}
 		if !w.claim(&total, int64(len(f.Data))) {
@@ -55,7 +58,7 @@ func (w *writer) inMemory(item ItemFiles, sources []source) ([]source, error) {
 		}
 		sources = append(sources, source{path: f.Path, shown: f.Path, size: int64(len(f.Data)), data: f.Data})
 	}
-	if len(item.Files) > 1 {
+	if names != nil {
 		if problem := names.problem(item.Files); problem != "" {
 			return nil, api.Errorf(api.Invalid, "item %d: %s", item.Value, problem)
 		}

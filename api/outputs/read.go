@@ -41,6 +41,7 @@ func WalkItem(ctx context.Context, archive io.ReaderAt, mi *musterpb.ManifestIte
 		return invalid(mi, "the manifest has a negative size")
 	}
 	w := &walk{mi: mi, left: mi.OutputBytes, visit: visit}
+	defer w.close()
 	stored, err := w.frame(ctx, archive, mi.OutputBytes+(int64(mi.Files)+1)*tarOverhead)
 	switch {
 	case stored != nil:
@@ -60,14 +61,13 @@ func (w *walk) frame(ctx context.Context, archive io.ReaderAt, most int64) (stor
 		if err := ctx.Err(); err != nil {
 			return givenUp(err), nil
 		}
-		d := smallDecoders.Get().(*smallDecoder)
-		defer smallDecoders.Put(d)
-		unpacked, whole, err := d.unpack(archive, w.mi.Offset, w.mi.Length, most)
+		w.decoder = smallDecoders.Get().(*smallDecoder)
+		unpacked, whole, err := w.decoder.unpack(archive, w.mi.Offset, w.mi.Length, most)
 		if err != nil {
 			return err, nil
 		}
 		if whole {
-			return nil, w.tar(bytes.NewReader(unpacked))
+			return nil, w.small(unpacked)
 		}
 		// Read as a stream, the errors say what is wrong.
 	}
@@ -79,6 +79,12 @@ func (w *walk) frame(ctx context.Context, archive io.ReaderAt, most int64) (stor
 	defer release()
 	err = w.tar(&bounded{r: z, left: most})
 	return from.err, err
+}
+
+func (w *walk) close() {
+	if w.decoder != nil {
+		smallDecoders.Put(w.decoder)
+	}
 }
 
 func givenUp(err error) error {
@@ -129,8 +135,31 @@ type walk struct {
 	visit    func(string, int64, io.Reader) error
 	visitErr error
 	last     string
-	paths    nameSet // nil until it can matter
+	paths    nameSet       // nil until it can matter
+	decoder  *smallDecoder // holds files and what visit reads; nil for a stream
 	files    []fileDigest
+}
+
+// small walks a tar that is in memory.
+func (w *walk) small(unpacked []byte) error {
+	d, plain := w.decoder, false
+	if d.files, plain = parsePlain(d.files[:0], unpacked); !plain {
+		return w.tar(bytes.NewReader(unpacked))
+	}
+	w.files = d.digests[:0]
+	for _, f := range d.files {
+		size := int64(len(f.content))
+		if err := w.enter(f.name, size); err != nil {
+			return err
+		}
+		if err := w.visit(f.name, size, bytes.NewReader(f.content)); err != nil {
+			w.visitErr = err
+			return err
+		}
+		w.files = append(w.files, fileDigest{f.name, size, sha256.Sum256(f.content)})
+	}
+	d.digests = w.files
+	return nil
 }
 
 func (w *walk) tar(r io.Reader) error {
@@ -163,21 +192,18 @@ func (onlyZeros) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (w *walk) file(header *tar.Header, content io.Reader) error {
-	name := header.Name
+// enter checks that a file may come next.
+func (w *walk) enter(name string, size int64) error {
 	switch {
-	case header.Typeflag != tar.TypeReg:
-		return errors.New(shorten(name) + " is not a file")
 	case checkPath(name) != "":
 		return errors.New(shorten(name) + " " + checkPath(name))
 	case name <= w.last:
 		return errors.New(shorten(name) + " is out of order")
 	case len(w.files) == int(w.mi.Files):
 		return errors.New("it holds more files than the manifest declares")
-	case header.Size > w.left:
+	case size > w.left:
 		return errors.New("it holds more bytes than the manifest declares")
-	}
-	if w.paths.parent(name) != "" {
+	case w.paths.parent(name) != "":
 		return errors.New(shorten(name) + " lies below a file")
 	}
 	if w.mi.Files > 1 {
@@ -187,7 +213,18 @@ func (w *walk) file(header *tar.Header, content io.Reader) error {
 		w.paths[name] = true
 	}
 	w.last = name
-	w.left -= header.Size
+	w.left -= size
+	return nil
+}
+
+func (w *walk) file(header *tar.Header, content io.Reader) error {
+	name := header.Name
+	if header.Typeflag != tar.TypeReg {
+		return errors.New(shorten(name) + " is not a file")
+	}
+	if err := w.enter(name, header.Size); err != nil {
+		return err
+	}
 	h := sha256.New()
 	counted := &counter{r: io.TeeReader(content, h)}
 	if err := w.visit(name, header.Size, counted); err != nil {
@@ -228,7 +265,7 @@ func (w *walk) verify() error {
 		return invalid(w.mi, "the frame holds %d bytes in %d files; the manifest declares %d in %d",
 			w.mi.OutputBytes-w.left, len(w.files), w.mi.OutputBytes, w.mi.Files)
 	}
-	if subtle.ConstantTimeCompare(itemDigest(w.files), w.mi.OutputDigest) != 1 {
+	if digest := itemDigest(w.files); subtle.ConstantTimeCompare(digest[:], w.mi.OutputDigest) != 1 {
 		return invalid(w.mi, "the files do not match the digest in the manifest")
 	}
 	return nil

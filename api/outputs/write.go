@@ -139,11 +139,12 @@ func (w *writer) frame(item Item, sources []source) error {
 	if err != nil {
 		return err
 	}
+	digest := itemDigest(files)
 	w.bytes += total
 	w.files += len(sources)
 	w.manifest = append(w.manifest, &musterpb.ManifestItem{
 		Index:        item.Index,
-		OutputDigest: itemDigest(files),
+		OutputDigest: digest[:],
 		Offset:       start,
 		Length:       w.offset - start,
 		OutputBytes:  total,
@@ -155,13 +156,18 @@ func (w *writer) frame(item Item, sources []source) error {
 // inOnePiece appends a frame that fits in memory.
 func (w *writer) inOnePiece(item Item, sources []source) ([]fileDigest, error) {
 	e := w.small
-	e.tar.b = e.tar.b[:0]
-	files, err := w.tar(&e.tar, item, sources)
-	if err != nil {
-		return nil, err
+	e.tar = e.tar[:0]
+	files := e.files[:0]
+	for _, s := range sources {
+		file, err := e.add(w.ctx, s)
+		if err != nil {
+			return nil, fmt.Errorf("item %d: %w", item.Value, err)
+		}
+		files = append(files, file)
 	}
-	e.out = e.zstd.EncodeAll(e.tar.b, e.out[:0])
-	_, err = w.Write(e.out)
+	e.files = files
+	e.tar = append(e.tar, zeroBlocks[:]...)
+	_, err := w.Write(e.compress())
 	return files, err
 }
 
@@ -192,32 +198,40 @@ func (w *writer) tar(to io.Writer, item Item, sources []source) ([]fileDigest, e
 	return files, diskError(t.Close())
 }
 
-// epoch is the time of every file: outputs have none.
-var epoch = time.Unix(0, 0)
+// fileHeader is the header of a file in an item's tar: outputs have no times,
+// owners and modes.
+func fileHeader(name string, size int64) *tar.Header {
+	return &tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o644, ModTime: time.Unix(0, 0)}
+}
 
 // file streams one file into the item's tar and hashes it on the way.
 func (w *writer) file(t *tar.Writer, s source) (sum [sha256.Size]byte, err error) {
-	if err := t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: s.path, Size: s.size, Mode: 0o644, ModTime: epoch}); err != nil {
+	if err := t.WriteHeader(fileHeader(s.path, s.size)); err != nil {
 		return sum, diskError(err)
 	}
+	h := sha256.New()
+	if err := s.copyTo(w.ctx, io.MultiWriter(t, h)); err != nil {
+		return sum, err
+	}
+	return [sha256.Size]byte(h.Sum(nil)), nil
+}
+
+// copyTo writes the content of a file.
+func (s *source) copyTo(ctx context.Context, to io.Writer) error {
 	if s.open == nil {
-		_, err := t.Write(s.data)
-		return sha256.Sum256(s.data), diskError(err)
+		_, err := to.Write(s.data)
+		return machineError(err)
 	}
 	r, err := s.open()
 	if err != nil {
-		return sum, err
+		return machineError(err)
 	}
 	defer r.Close()
-	h := sha256.New()
-	n, err := io.Copy(io.MultiWriter(t, h), io.LimitReader(&ctxReader{w.ctx, r}, s.size))
+	n, err := io.Copy(to, io.LimitReader(&ctxReader{ctx, r}, s.size))
 	if err == nil && n < s.size {
 		err = api.Errorf(api.Invalid, "%s became shorter while it was read; the program must have ended before its outputs are taken", s.shown)
 	}
-	if err != nil {
-		return sum, machineError(err)
-	}
-	return [sha256.Size]byte(h.Sum(nil)), nil
+	return machineError(err)
 }
 
 // machineError gives an error without a kind that of a broken machine.
