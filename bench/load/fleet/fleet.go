@@ -221,7 +221,7 @@ func (w *worker) shakeHands(s *stream) (*musterpb.Welcome, error) {
 		PublicKey: w.key.Public().(ed25519.PublicKey), Name: w.name, PriceMicroUsdPerHour: 100_000,
 		Capacity: &musterpb.Capacity{
 			MilliCpus: int64(w.fleet.Slots) * 1000, MemoryBytes: int64(w.fleet.Slots) << 30, DiskBytes: int64(w.fleet.Slots) << 30,
-			NoGpuReason: "simulated", Runtimes: []string{"wasm"}, Platform: "linux/amd64", CpuLevel: "x86-64-v3",
+			NoGpuReason: "simulated", Runtimes: []string{"docker"}, Platform: "linux/amd64", CpuLevel: "x86-64-v3",
 		},
 	}
 	if err := s.Send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Hello{Hello: hello}}); err != nil {
