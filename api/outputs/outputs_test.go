@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -605,4 +606,74 @@ func FuzzLines(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A packer's archives are Write's: the same digests, and readable.
+func TestPackerMakesWhatWriteMakes(t *testing.T) {
+	dir, items := t.TempDir(), []Item{{Index: 3, Value: 30}, {Index: 4, Value: 40}}
+	packed := []Packed{
+		{Index: 3, Files: []File{{"b", []byte("second")}, {"a/x", []byte("first")}}},
+		{Index: 4, Files: []File{{"b", nil}}},
+	}
+	for i, item := range items {
+		for _, f := range packed[i].Files {
+			path := filepath.Join(dir, strconv.FormatUint(item.Value, 10), filepath.FromSlash(f.Path))
+			if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, f.Data, 0o644)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	want, wantSum, err := Write(t.Context(), dir, musterpb.OutputMode_OUTPUT_MODE_FILES, items, filepath.Join(t.TempDir(), "archive"), Limits{Bytes: 1 << 20, Files: 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := NewPacker()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second archive comes from used buffers
+		archive, got, sum, err := p.Pack([]byte("before"), packed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		archive = archive[len("before"):]
+		if sum.Digest != api.DigestOf(archive) || sum.ArchiveBytes != int64(len(archive)) || sum.OutputBytes != wantSum.OutputBytes || sum.Files != wantSum.Files {
+			t.Errorf("summary %+v, Write's is %+v", sum, wantSum)
+		}
+		if err := CheckManifest(&musterpb.Manifest{Items: got}, []uint64{3, 4}, sum.ArchiveBytes); err != nil {
+			t.Error(err)
+		}
+		for i, mi := range got {
+			if !bytes.Equal(mi.OutputDigest, want[i].OutputDigest) {
+				t.Errorf("index %d: the digest differs from Write's", mi.Index)
+			}
+			files := 0
+			err := WalkItem(t.Context(), bytes.NewReader(archive), mi, Limits{Bytes: 1 << 20, Files: 10}, func(path string, _ int64, content io.Reader) error {
+				data, err := io.ReadAll(content)
+				if f := packed[i].Files[files]; path != f.Path || !bytes.Equal(data, f.Data) {
+					t.Errorf("index %d: %s holds %q, want %s with %q", mi.Index, path, data, f.Path, f.Data)
+				}
+				files++
+				return err
+			})
+			if err != nil || files != len(packed[i].Files) {
+				t.Errorf("index %d: %d files, %v", mi.Index, files, err)
+			}
+		}
+	}
+}
+
+func TestPackerRefuses(t *testing.T) {
+	p, err := NewPacker()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, item := range map[string]Packed{
+		"holds no files":               {Index: 7},
+		"is not a plain relative path": {Index: 7, Files: []File{{"../x", nil}}},
+	} {
+		if _, _, _, err := p.Pack(nil, []Packed{item}); api.KindOf(err) != api.Invalid || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), "index 7") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 }
