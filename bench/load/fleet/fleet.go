@@ -50,7 +50,6 @@ type Fleet struct {
 	runtime   atomic.Int64
 	connected atomic.Int64
 	refused   atomic.Int64 // results
-	packers   sync.Pool    // of *packer
 	cancel    context.CancelFunc
 	group     *errgroup.Group
 }

@@ -52,25 +52,10 @@ func (r *result) appendTo(out *musterpb.Reports) {
 	}
 }
 
-// packer is what makes results, reused by one worker after the other.
-type packer struct {
-	*outputs.Packer
-	text []byte
-}
-
 // produce makes the outputs of attempts and signs them together. An item's
 // output is a line of text that follows from its job and index alone, so that
 // checks agree.
 func (w *worker) produce(list []work) ([]*result, error) {
-	p, _ := w.fleet.packers.Get().(*packer)
-	if p == nil {
-		inner, err := outputs.NewPacker()
-		if err != nil {
-			return nil, err
-		}
-		p = &packer{Packer: inner}
-	}
-	defer w.fleet.packers.Put(p)
 	results := make([]*result, len(list))
 	commits := make([]*musterpb.Commit, len(list))
 	var inputs, parameters []byte
@@ -80,7 +65,7 @@ func (w *worker) produce(list []work) ([]*result, error) {
 		if same == nil || same.Image != a.Image {
 			inputs, parameters, same = verify.InputDigest(a.Inputs), verify.ParametersDigest(a.Image.GetDigest(), a.Command, a.Env), a
 		}
-		r, err := p.result(a, inputs, parameters)
+		r, err := resultOf(a, inputs, parameters)
 		if err != nil {
 			return nil, err
 		}
@@ -90,17 +75,19 @@ func (w *worker) produce(list []work) ([]*result, error) {
 	return results, nil
 }
 
-func (p *packer) result(a *musterpb.Assignment, inputs, parameters []byte) (*result, error) {
-	items := make([]outputs.Packed, len(a.Indexes))
+func resultOf(a *musterpb.Assignment, inputs, parameters []byte) (*result, error) {
+	items := make([]outputs.ItemFiles, len(a.Indexes))
+	var text []byte
 	for i, index := range a.Indexes {
-		p.text = append(p.text[:0], parameters...)
-		p.text = strconv.AppendUint(p.text, jobspec.Value(a.Items, index), 10)
-		sum := sha256.Sum256(p.text)
+		value := jobspec.Value(a.Items, index)
+		text = append(text[:0], parameters...)
+		text = strconv.AppendUint(text, value, 10)
+		sum := sha256.Sum256(text)
 		line := make([]byte, 0, 2*sha256.Size+1)
 		line = append(hex.AppendEncode(line, sum[:]), '\n')
-		items[i] = outputs.Packed{Index: index, Files: []outputs.File{{Path: "result", Data: line}}}
+		items[i] = outputs.ItemFiles{Item: outputs.Item{Index: index, Value: value}, Files: []outputs.File{{Path: "result", Data: line}}}
 	}
-	archive, entries, summary, err := p.Pack(nil, items)
+	archive, entries, summary, err := outputs.Build(items, outputs.Limits{Bytes: a.Resources.DiskBytes, Files: len(items)})
 	if err != nil {
 		return nil, err
 	}
@@ -121,14 +108,10 @@ func (p *packer) result(a *musterpb.Assignment, inputs, parameters []byte) (*res
 	}, nil
 }
 
-// maxInline is how large a manifest and an archive may be together to travel in
-// the report; -1 uploads all of them.
-const maxInline = -1
-
 // upload uploads what is too large to travel with the commit.
 func (w *worker) upload(results []*result) error {
 	for _, r := range results {
-		if len(r.manifest)+len(r.archive) <= maxInline {
+		if len(r.manifest) <= outputs.MaxInline && len(r.archive) <= outputs.MaxInline {
 			continue
 		}
 		store := client.Blobs(w.http, w.apiKey, func() []string { return w.fleet.Addresses })
