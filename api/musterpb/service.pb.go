@@ -2243,8 +2243,8 @@ type Reports struct {
 	Started []string               `protobuf:"bytes,1,rep,name=started,proto3" json:"started,omitempty"` // attempts that began
 	Commits []*Commit              `protobuf:"bytes,2,rep,name=commits,proto3" json:"commits,omitempty"` // one signature covers those that are sent together
 	Failed  []*AttemptFailed       `protobuf:"bytes,3,rep,name=failed,proto3" json:"failed,omitempty"`
-	// Small manifests and outputs that the commits name. Others are uploaded
-	// before their commit is sent.
+	// Manifests, outputs and logs that the commits name: all of a commit's, where
+	// each is small. Those of other commits are uploaded before they are sent.
 	Blobs         [][]byte `protobuf:"bytes,4,rep,name=blobs,proto3" json:"blobs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
