@@ -72,6 +72,7 @@ network or on loopback.`,
 	f.DurationVar(&c.Timing.LeaseTTL, "lease-ttl", scheduler.DefaultLeaseTTL, "how long a worker may be silent before its work is placed elsewhere")
 	f.DurationVar(&c.Timing.ReconnectGrace, "reconnect-grace", scheduler.DefaultReconnectGrace, "the same once its connection broke")
 	f.DurationVar(&c.Timing.RevealTimeout, "reveal-timeout", scheduler.DefaultRevealTimeout, "how long a draw waits for the other schedulers")
+	f.StringVar(&c.Debug, "debug-listen", "", "loopback address for profiles (/debug/pprof/) and metrics (/debug/vars), such as 127.0.0.1:6060 (default: off)")
 	f.DurationVar(&c.Timing.DisputePatience, "dispute-patience", scheduler.DefaultDisputePatience, "how long a dispute waits for a further owner")
 	return cmd
 }

@@ -112,7 +112,7 @@ func (n *Network) DataDir(i int) string {
 // StartScheduler starts a scheduler, for the first time or again, and waits
 // until it is ready.
 func (n *Network) StartScheduler(ctx context.Context, i int) error {
-	args := []string{"scheduler", "--data", n.DataDir(i), "--listen", n.Addresses[i], "--raft-listen", n.raft[i]}
+	args := []string{"scheduler", "--data", n.DataDir(i), "--listen", n.Addresses[i], "--raft-listen", n.raft[i], "--debug-listen", n.debug[i]}
 	if i > 0 {
 		args = append(args, "--join", n.Addresses[0], "--key", n.AdminKey)
 	}
