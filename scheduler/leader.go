@@ -253,53 +253,84 @@ func (l *leader) seedOf(epoch uint64) []byte {
 	return batches[0].Digest
 }
 
+// How often the leader looks at what only time changes.
+const (
+	reconcileEvery = 5 * time.Second
+	disputesEvery  = time.Second
+)
+
 // leaseLoop ends attempts whose worker was silent for too long, and disputes
 // that nobody can decide.
 func (l *leader) leaseLoop(ctx context.Context) {
-	tick := time.NewTicker(min(l.Timing.LeaseTTL/8, 250*time.Millisecond))
+	expiry := time.NewTicker(min(l.Timing.LeaseTTL/8, 250*time.Millisecond))
+	defer expiry.Stop()
+	reconcile := time.NewTicker(min(reconcileEvery, l.Timing.LeaseTTL/4))
+	defer reconcile.Stop()
+	disputes := time.NewTicker(min(disputesEvery, l.Timing.DisputePatience/4))
+	defer disputes.Stop()
 	stuck := map[string]time.Time{} // disputes that nobody can run, since when
-	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-expiry.C:
 			l.expireLeases(ctx)
+		case <-reconcile.C:
+			l.reconcileLeases(ctx)
+		case <-disputes.C:
 			l.giveUpDisputes(ctx, stuck)
 		}
 	}
 }
 
+// expireLeases ends the attempts whose lease ran out.
 func (l *leader) expireLeases(ctx context.Context) {
-	live := map[string]*musterpb.Attempt{}
-	for _, a := range l.State.LiveAttempts() {
-		live[a.Id] = a
-	}
-	l.grantLeases(slices.Collect(maps.Values(live)))
 	now := time.Now()
-	var expired, overdue []string
+	var expired []string
 	l.mu.Lock()
 	for id, lease := range l.leases {
-		switch {
-		case live[id] == nil:
-			delete(l.leases, id)
-		case l.busy[id]:
-		case now.After(lease.deadline):
+		if now.After(lease.deadline) && !l.busy[id] {
 			expired = append(expired, id)
-		case l.overdue(live[id]):
-			overdue = append(overdue, id)
 		}
 	}
 	l.mu.Unlock()
-	for _, id := range overdue {
-		reason := fmt.Sprintf("worker %s neither delivered nor gave up within the job's time-out of %s and %s for fetching and uploading",
-			live[id].Worker, time.Duration(l.State.Job(live[id].Job).Spec.TimeoutMs)*time.Millisecond, l.Timing.TransferLimit)
-		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Reason: reason, Blame: musterpb.Blame_BLAME_WORKER})
-	}
 	for _, id := range expired {
-		reason := fmt.Sprintf("worker %s was not heard of for a whole lease (%s)", live[id].Worker, l.Timing.LeaseTTL)
+		a := l.State.Attempt(id)
+		if a == nil || !live(a) {
+			l.dropLease(id)
+			continue
+		}
+		reason := fmt.Sprintf("worker %s was not heard of for a whole lease (%s)", a.Worker, l.Timing.LeaseTTL)
 		// An error means that it is over already, or that the leadership is.
 		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Reason: reason, Blame: musterpb.Blame_BLAME_NETWORK})
+	}
+}
+
+func (l *leader) dropLease(attempt string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.leases, attempt)
+}
+
+// reconcileLeases brings the leases in line with what is live in the log, and
+// ends attempts that last longer than their job allows.
+func (l *leader) reconcileLeases(ctx context.Context) {
+	l.grantLeases(l.State.LiveAttempts())
+	var overdue []*musterpb.Attempt
+	l.mu.Lock()
+	for id := range l.leases {
+		switch a := l.State.Attempt(id); {
+		case a == nil || !live(a):
+			delete(l.leases, id)
+		case !l.busy[id] && l.overdue(a):
+			overdue = append(overdue, a)
+		}
+	}
+	l.mu.Unlock()
+	for _, a := range overdue {
+		reason := fmt.Sprintf("worker %s neither delivered nor gave up within the job's time-out of %s and %s for fetching and uploading",
+			a.Worker, time.Duration(l.State.Job(a.Job).Spec.TimeoutMs)*time.Millisecond, l.Timing.TransferLimit)
+		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: a.Id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Reason: reason, Blame: musterpb.Blame_BLAME_WORKER})
 	}
 }
 
