@@ -28,7 +28,8 @@ var floors = [][]string{
 	{"api/client", "scheduler/state"}, // a client reaches blobs, too
 	{"scheduler/place", "scheduler/replica", "worker", "worker/cheat"},
 	{"scheduler", "api/server"},
-	{"cmd/muster/node", "examples/raytrace", "examples/tinylm", "examples/pack", "proto/generate"},
+	{"bench/load/fleet", "bench/load/network"},
+	{"bench/load", "cmd/muster/node", "examples/raytrace", "examples/tinylm", "examples/pack", "proto/generate"},
 	{"cmd/muster", "examples/demo", ""},
 }
 
