@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -120,7 +121,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
 	watching.Go(func() { w.watchGPUs(watchCtx) })
-	for wait := time.Duration(0); ; wait = min(2*wait+100*time.Millisecond, maxRedial) {
+	for wait := time.Duration(0); ; wait = longer(wait) {
 		began := time.Now()
 		err := w.connect(ctx)
 		if ctx.Err() != nil {
@@ -149,12 +150,22 @@ func (w *Worker) Run(ctx context.Context) error {
 	}
 }
 
-// maxRedial is the longest pause between two dials, maxRedirect that before the
-// leader is dialled which another scheduler named.
+// minRedial and maxRedial are the shortest pause between two dials, after one at
+// once, and the longest; maxRedirect is that before the leader is dialled which
+// another scheduler named.
 const (
+	minRedial   = 50 * time.Millisecond
 	maxRedial   = 5 * time.Second
 	maxRedirect = 200 * time.Millisecond
 )
+
+// longer is the pause after one of the given length. It grows slowly, since an
+// election is over within a second, and by chance, since all workers begin to
+// dial at the same moment when a leader dies.
+func longer(wait time.Duration) time.Duration {
+	next := max(wait+wait/2, minRedial)
+	return min(next-next/4+rand.N(next/2), maxRedial)
+}
 
 // stopAll ends what still runs and waits until nothing of it is left.
 func (w *Worker) stopAll() {
