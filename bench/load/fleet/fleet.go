@@ -22,6 +22,9 @@ import (
 	"github.com/musternet/muster/api/musterpb"
 )
 
+// PriceMicroUSDPerHour is what every worker asks.
+const PriceMicroUSDPerHour = 100_000
+
 // Config says what fleet to simulate.
 type Config struct {
 	Addresses []string // of schedulers
@@ -36,7 +39,8 @@ type Config struct {
 // Watcher hears what workers see. Job is the argument that Command gave the
 // attempt's job; times are nanoseconds since the fleet began.
 type Watcher interface {
-	Assigned(job int, index uint64, at int64)
+	// Assigned is an attempt that a worker got, and starts now.
+	Assigned(job int, attempt string, at int64)
 	// Answered is the answer to a result; assigned is when its attempt came.
 	Answered(job int, accepted bool, reason string, assigned, at int64)
 }
@@ -121,7 +125,6 @@ type worker struct {
 // run is one attempt on a worker.
 type run struct {
 	job      int
-	index    uint64 // of its first item
 	assigned int64
 	result   *result // nil while it runs
 }
@@ -217,7 +220,7 @@ func (w *worker) prefer(address string) {
 
 func (w *worker) shakeHands(s *stream) (*musterpb.Welcome, error) {
 	hello := &musterpb.WorkerHello{
-		PublicKey: w.key.Public().(ed25519.PublicKey), Name: w.name, PriceMicroUsdPerHour: 100_000,
+		PublicKey: w.key.Public().(ed25519.PublicKey), Name: w.name, PriceMicroUsdPerHour: PriceMicroUSDPerHour,
 		Capacity: &musterpb.Capacity{
 			MilliCpus: int64(w.fleet.Slots) * 1000, MemoryBytes: int64(w.fleet.Slots) << 30, DiskBytes: int64(w.fleet.Slots) << 30,
 			NoGpuReason: "simulated", Runtimes: []string{"docker"}, Platform: "linux/amd64", CpuLevel: "x86-64-v3",
@@ -364,11 +367,11 @@ func (w *worker) accept(list []*musterpb.Assignment, now int64) []work {
 		if w.runs[a.Attempt] != nil || len(a.Indexes) == 0 {
 			continue
 		}
-		r := &run{job: jobOf(a.Command), index: a.Indexes[0], assigned: now}
+		r := &run{job: jobOf(a.Command), assigned: now}
 		w.runs[a.Attempt] = r
 		todo = append(todo, work{a.Attempt, a, r})
 		if w.fleet.Watch != nil {
-			w.fleet.Watch.Assigned(r.job, r.index, now)
+			w.fleet.Watch.Assigned(r.job, a.Attempt, now)
 		}
 	}
 	return todo

@@ -321,3 +321,9 @@ func Poll(ctx context.Context, every time.Duration, f func() (bool, error)) erro
 		}
 	}
 }
+
+// Applied is the index of the last log entry that a scheduler has applied.
+func (n *Network) Applied(ctx context.Context, i int) (uint64, error) {
+	m, err := n.Status(ctx, i)
+	return m.GetAppliedIndex(), err
+}
