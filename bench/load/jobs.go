@@ -46,6 +46,7 @@ type job struct {
 	placed    chan struct{}          // closed then
 	answered  atomic.Int64           // results that were taken, of checks too
 	last      *musterpb.Job          // guarded by jobs.mu; as the schedulers said last
+	cancelled bool                   // guarded by jobs.mu; on purpose
 }
 
 var _ fleet.Watcher = (*jobs)(nil)
@@ -130,7 +131,7 @@ func (j *jobs) look(ctx context.Context, everything bool) error {
 	j.mu.Unlock()
 	settled := map[*job]bool{}
 	for _, job := range list {
-		if !everything && job.answered.Load() < int64(job.items) {
+		if !everything && !j.mayBeSettled(job) {
 			continue
 		}
 		now, err := j.ask(ctx, job)
@@ -139,7 +140,7 @@ func (j *jobs) look(ctx context.Context, everything bool) error {
 			continue // the scheduler that was asked does not know it yet
 		case err != nil:
 			return err
-		case now.Settled && (now.State != musterpb.JobState_JOB_STATE_VERIFIED || now.ItemsVerified != uint64(job.items)):
+		case now.Settled && now.State != musterpb.JobState_JOB_STATE_CANCELLED && (now.State != musterpb.JobState_JOB_STATE_VERIFIED || now.ItemsVerified != uint64(job.items)):
 			return fmt.Errorf("job %s of %d items ended as %s with %d verified: %s", now.Id, job.items, now.State, now.ItemsVerified, now.Reason)
 		}
 		settled[job] = now.Settled
@@ -148,6 +149,14 @@ func (j *jobs) look(ctx context.Context, everything bool) error {
 	defer j.mu.Unlock()
 	j.unsettled = slices.DeleteFunc(j.unsettled, func(job *job) bool { return settled[job] })
 	return nil
+}
+
+// mayBeSettled reports whether it is worth asking: the generator knows what its
+// workers delivered.
+func (j *jobs) mayBeSettled(job *job) bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return job.cancelled || job.answered.Load() >= int64(job.items)
 }
 
 // ask asks any scheduler about a job.
@@ -188,8 +197,11 @@ const settleWithin = 2 * time.Minute
 func (j *jobs) waitSettled(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, settleWithin)
 	defer cancel()
+	n := 0
 	err := network.Poll(ctx, 20*time.Millisecond, func() (bool, error) {
-		err := j.look(ctx, false)
+		// An answer that was lost with its leader is not heard again.
+		n++
+		err := j.look(ctx, n%100 == 0)
 		return j.outstanding() == 0, err
 	})
 	if err != nil {

@@ -82,14 +82,13 @@ func (w *world) underLoad(ctx context.Context, f func(context.Context) error) er
 	g.Go(func() error { // a job whose results were all answered makes room
 		tick := time.NewTicker(20 * time.Millisecond)
 		defer tick.Stop()
-		freed := 0
-		for {
+		for n, freed := 0, 0; ; n++ {
 			select {
 			case <-feed.Done():
 				return nil
 			case <-tick.C:
 			}
-			if err := w.jobs.look(gctx, false); err != nil {
+			if err := w.jobs.look(gctx, n%100 == 99); err != nil {
 				return err
 			}
 			for done := w.jobs.done(w.warm); freed < done; freed++ {
@@ -113,7 +112,7 @@ func (j *jobs) done(from int) int {
 	defer j.mu.Unlock()
 	n := 0
 	for _, job := range j.list[from:] {
-		if job.answered.Load() >= int64(job.items) {
+		if job.answered.Load() >= int64(job.items) || job.last.GetSettled() {
 			n++
 		}
 	}
@@ -139,14 +138,14 @@ func (w *world) measure(ctx context.Context) (s span, err error) {
 	}
 	profiled := w.profile(ctx)
 	w.jobs.resetLatencies()
-	from, err := w.snapshot(ctx, s.leader)
+	from, err := w.moment(ctx, s.leader)
 	if err != nil {
 		return s, err
 	}
 	if err := sleep(ctx, b.duration); err != nil {
 		return s, err
 	}
-	to, err := w.snapshot(ctx, s.leader)
+	to, err := w.moment(ctx, s.leader)
 	if err != nil {
 		return s, err
 	}
@@ -185,7 +184,7 @@ type moment struct {
 	self      time.Duration
 }
 
-func (w *world) snapshot(ctx context.Context, leader int) (m moment, err error) {
+func (w *world) moment(ctx context.Context, leader int) (m moment, err error) {
 	if m.usages, err = w.net.Usages(); err != nil {
 		return m, err
 	}
@@ -198,7 +197,7 @@ func (w *world) snapshot(ctx context.Context, leader int) (m moment, err error) 
 	}
 	w.jobs.mu.Unlock()
 	m.at = time.Now()
-	if m.applied, err = w.net.Applied(ctx, leader); err != nil {
+	if m.applied, _, err = w.net.Progress(ctx, leader); err != nil {
 		return m, err
 	}
 	m.verified, err = w.jobs.verified(ctx)

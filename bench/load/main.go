@@ -57,6 +57,10 @@ type measurement struct {
 var measurements = []measurement{
 	{"lifecycle", []string{"lifecycle_", "stage_", "generator_", "heap_growth_finished", "heap_bytes_finished_", "finished_tasks"}, (*bench).lifecycle},
 	{"raw", []string{"raw_raft_commands_", "lifecycle_share_of_raw_raft"}, (*bench).raw},
+	{"single", []string{"single_jobs_"}, (*bench).single},
+	{"instant", []string{"start_instant_"}, (*bench).instant},
+	{"failover", []string{"failover_"}, (*bench).failover},
+	{"cost", []string{"cost_"}, (*bench).cost},
 }
 
 func main() {

@@ -220,10 +220,10 @@ func (j *jobs) account() (items, checks int, err error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	for _, job := range j.list {
-		if job.last == nil || !job.last.Settled || job.last.ItemsVerified != uint64(job.items) {
+		if job.last == nil || !job.last.Settled || !job.cancelled && job.last.ItemsVerified != uint64(job.items) {
 			return 0, 0, fmt.Errorf("job %d of %d items is not accounted for: %v", job.number, job.items, job.last)
 		}
-		items, checks = items+job.items, checks+int(job.last.Checks)
+		items, checks = items+int(job.last.ItemsVerified), checks+int(job.last.Checks)
 	}
 	return items, checks, nil
 }
@@ -245,7 +245,7 @@ func (w *world) checkPayments(ctx context.Context) error {
 			}
 		}
 		for n := range resp.Msg.Job.Tasks {
-			if paid[n] != 1 {
+			if paid[n] > 1 || paid[n] == 0 && resp.Msg.Job.State == musterpb.JobState_JOB_STATE_VERIFIED {
 				return fmt.Errorf("task %d of job %s was paid %d times", n, resp.Msg.Job.Id, paid[n])
 			}
 		}
