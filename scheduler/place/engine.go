@@ -569,7 +569,7 @@ func (e *Engine) indexBytes() (n int) {
 	for _, s := range e.list {
 		n += len(s.at) * 16
 		for _, o := range s.orders {
-			n += len(o.at) * 48
+			n += len(o.at) * 88
 		}
 		for _, p := range s.pools {
 			n += len(p.at) * 8

@@ -23,18 +23,33 @@ type order struct {
 	gone   bool   // dropped from its shape
 	at     []rank // by slot
 	owners []branch
-	top    []int32 // heap of owners
+	top    []peak // heap of owners
 	e      *Engine
 }
 
 // rank is the score of a machine, best first: smaller is better, word by word.
 type rank struct {
-	prefer uint64 // see prefer
+	score
+	fixed uint64 // of the machine, that the lasting part is as of
+	pos   int32  // in its owner's heap, -1 while it is not there
+	known bool
+}
+
+// score orders machines.
+type score struct {
+	prefer uint64 // see below
 	price  uint64
 	spare  uint64 // what is missing in the cache, and what it would have left
-	fixed  uint64 // of the machine, that the lasting part is as of
-	pos    int32  // in its owner's heap, -1 while it is not there
-	known  bool
+}
+
+func (s *score) less(o *score) bool {
+	switch {
+	case s.prefer != o.prefer:
+		return s.prefer < o.prefer
+	case s.price != o.price:
+		return s.price < o.price
+	}
+	return s.spare < o.spare
 }
 
 // branch is an owner's ready machines.
@@ -42,6 +57,15 @@ type branch struct {
 	machines []int32 // heap of slots
 	pos      int32   // in the heap of owners; only while there are machines
 	count    uint32  // attempts of the job that spreads over owners
+}
+
+// peak is an owner's best machine, beside those of others: what is compared
+// most lies together.
+type peak struct {
+	score
+	rank  uint64 // of the machine's ID
+	owner int32
+	slot  int32
 }
 
 // Layout of rank.prefer. From the top: whether nobody else could check the
@@ -150,8 +174,20 @@ func (o *order) recount(owner int32) {
 	b := &o.owners[owner]
 	if n := uint32(min(o.counts.byOwner[o.e.names.ownerOf[owner]], maxSpread)); n != b.count {
 		if b.count = n; len(b.machines) > 0 {
-			fix(byOwner{o}, o.top, b.pos)
+			o.lift(owner)
 		}
+	}
+}
+
+// lift puts an owner where its best machine says.
+func (o *order) lift(owner int32) {
+	b := &o.owners[owner]
+	slot := b.machines[0]
+	p := peak{score: o.at[slot].score, rank: o.e.machines[slot].rank, owner: owner, slot: slot}
+	p.prefer += uint64(b.count) << spreadShift
+	if at := &o.top[b.pos]; *at != p {
+		*at = p
+		o.fixTop(b.pos)
 	}
 }
 
@@ -160,14 +196,14 @@ func (o *order) in(m *machine) {
 	b, at := &o.owners[m.owner], &o.at[m.slot]
 	if len(b.machines) == 0 {
 		b.pos = int32(len(o.top))
-		o.top = append(o.top, m.owner)
+		o.top = append(o.top, peak{owner: m.owner, slot: noSlot})
 	}
 	if at.pos < 0 {
 		at.pos = int32(len(b.machines))
 		b.machines = append(b.machines, m.slot)
 	}
-	fix(byMachine{o}, b.machines, at.pos)
-	fix(byOwner{o}, o.top, b.pos)
+	o.fixMachine(b.machines, at.pos)
+	o.lift(m.owner)
 }
 
 func (o *order) out(m *machine) {
@@ -176,12 +212,21 @@ func (o *order) out(m *machine) {
 		return
 	}
 	b := &o.owners[m.owner]
-	b.machines = take(byMachine{o}, b.machines, at.pos)
-	at.pos = -1
-	if len(b.machines) > 0 {
-		fix(byOwner{o}, o.top, b.pos)
-	} else {
-		o.top = take(byOwner{o}, o.top, b.pos)
+	last := len(b.machines) - 1
+	moved := b.machines[last]
+	if b.machines = b.machines[:last]; int(at.pos) < last {
+		b.machines[at.pos] = moved
+		o.fixMachine(b.machines, at.pos)
+	}
+	if at.pos = -1; last > 0 {
+		o.lift(m.owner)
+		return
+	}
+	end := len(o.top) - 1
+	p := o.top[end]
+	if o.top = o.top[:end]; int(b.pos) < end {
+		o.top[b.pos] = p
+		o.fixTop(b.pos)
 	}
 }
 
@@ -202,117 +247,92 @@ func (o *order) best(avoid []string) *machine {
 	if len(o.top) == 0 {
 		return nil
 	}
-	owner := o.top[0]
+	at := 0
 	if len(avoid) > 0 {
-		if other := o.pass(avoid, 0, noOwner); other != noOwner {
-			owner = other
-		}
+		at = max(o.pass(avoid, 0, none), 0)
 	}
-	return o.e.machines[o.owners[owner].machines[0]]
+	return o.e.machines[o.top[at].slot]
 }
 
-const noOwner int32 = -1
+const (
+	none         = -1
+	noSlot int32 = -1
+)
 
-// pass is the best owner, from a place of the heap downwards, that is none of
-// these and better than another.
-func (o *order) pass(avoid []string, at int, best int32) int32 {
-	if at >= len(o.top) || (best != noOwner && !o.ownerLess(o.top[at], best)) {
+// pass is the place of the best owner, from a place of the heap downwards, that
+// is none of these and better than another.
+func (o *order) pass(avoid []string, at, best int) int {
+	if at >= len(o.top) || (best != none && !o.earlier(&o.top[at], &o.top[best])) {
 		return best // everything below is worse still
 	}
-	if owner := o.top[at]; !slices.Contains(avoid, o.e.names.ownerOf[owner]) {
-		return owner
+	if !slices.Contains(avoid, o.e.names.ownerOf[o.top[at].owner]) {
+		return at
 	}
 	return o.pass(avoid, 2*at+2, o.pass(avoid, 2*at+1, best))
 }
 
-func (o *order) machineLess(a, b int32) bool {
-	x, y := &o.at[a], &o.at[b]
+// earlier compares two owners.
+func (o *order) earlier(a, b *peak) bool {
 	switch {
-	case x.prefer != y.prefer:
-		return x.prefer < y.prefer
-	case x.price != y.price:
-		return x.price < y.price
-	case x.spare != y.spare:
-		return x.spare < y.spare
+	case a.score != b.score:
+		return a.less(&b.score)
+	case a.rank != b.rank:
+		return a.rank < b.rank
 	}
-	return o.e.earlier(a, b)
+	return o.e.machines[a.slot].Id < o.e.machines[b.slot].Id
 }
 
-// ownerLess compares the best machines of two owners, with the attempts that
-// each owner has of a job that spreads over owners.
-func (o *order) ownerLess(a, b int32) bool {
-	x, y := &o.owners[a], &o.owners[b]
-	if x.count == y.count {
-		return o.machineLess(x.machines[0], y.machines[0])
+// machineLess compares two machines of an owner. Ties are broken by ID.
+func (o *order) machineLess(a, b int32) bool {
+	if x, y := &o.at[a].score, &o.at[b].score; *x != *y {
+		return x.less(y)
 	}
-	with := func(b *branch) uint64 { return o.at[b.machines[0]].prefer + uint64(b.count)<<spreadShift }
-	if p, q := with(x), with(y); p != q {
-		return p < q
-	}
-	return o.machineLess(x.machines[0], y.machines[0])
-}
-
-// earlier breaks ties, by ID.
-func (e *Engine) earlier(a, b int32) bool {
-	x, y := e.machines[a], e.machines[b]
+	x, y := o.e.machines[a], o.e.machines[b]
 	return cmp.Or(cmp.Compare(x.rank, y.rank), cmp.Compare(x.Id, y.Id)) < 0
 }
 
-// The two kinds of heaps of an order.
-type (
-	byMachine struct{ *order }
-	byOwner   struct{ *order }
-)
-
-func (h byMachine) less(a, b int32) bool { return h.machineLess(a, b) }
-func (h byMachine) moved(slot, at int32) { h.at[slot].pos = at }
-func (h byOwner) less(a, b int32) bool   { return h.ownerLess(a, b) }
-func (h byOwner) moved(owner, pos int32) { h.owners[owner].pos = pos }
-
-// numbers is a heap of slots or owners; what it holds is kept by the caller,
-// one slice of numbers each, since an order has one per owner.
-type numbers interface {
-	less(a, b int32) bool
-	moved(item, at int32)
-}
-
-func fix[H numbers](h H, items []int32, at int32) {
+// fixMachine restores a heap of machines of which one has changed.
+func (o *order) fixMachine(items []int32, at int32) {
 	item := items[at]
+	put := func(slot, at int32) { items[at], o.at[slot].pos = slot, at }
 	start := at
-	for at > 0 && h.less(item, items[(at-1)/2]) {
-		items[at] = items[(at-1)/2]
-		h.moved(items[at], at)
+	for at > 0 && o.machineLess(item, items[(at-1)/2]) {
+		put(items[(at-1)/2], at)
 		at = (at - 1) / 2
 	}
-	if at == start {
-		for {
-			least := 2*at + 1
-			if int(least) >= len(items) {
-				break
-			}
-			if int(least)+1 < len(items) && h.less(items[least+1], items[least]) {
-				least++
-			}
-			if !h.less(items[least], item) {
-				break
-			}
-			items[at] = items[least]
-			h.moved(items[at], at)
-			at = least
+	for at >= start { // it did not go up
+		child := 2*at + 1
+		if int(child)+1 < len(items) && o.machineLess(items[child+1], items[child]) {
+			child++
 		}
+		if int(child) >= len(items) || !o.machineLess(items[child], item) {
+			break
+		}
+		put(items[child], at)
+		at = child
 	}
-	items[at] = item
-	h.moved(item, at)
+	put(item, at)
 }
 
-func take[H numbers](h H, items []int32, at int32) []int32 {
-	last := len(items) - 1
-	moved := items[last]
-	items = items[:last]
-	if int(at) < last {
-		items[at] = moved
-		h.moved(moved, at)
-		fix(h, items, at)
+// fixTop restores the heap of owners of which one has changed.
+func (o *order) fixTop(at int32) {
+	item := o.top[at]
+	put := func(p *peak, at int32) { o.top[at], o.owners[p.owner].pos = *p, at }
+	start := at
+	for at > 0 && o.earlier(&item, &o.top[(at-1)/2]) {
+		put(&o.top[(at-1)/2], at)
+		at = (at - 1) / 2
 	}
-	return items
+	for at >= start { // it did not go up
+		child := 2*at + 1
+		if int(child)+1 < len(o.top) && o.earlier(&o.top[child+1], &o.top[child]) {
+			child++
+		}
+		if int(child) >= len(o.top) || !o.earlier(&o.top[child], &item) {
+			break
+		}
+		put(&o.top[child], at)
+		at = child
+	}
+	put(&item, at)
 }
