@@ -447,7 +447,7 @@ func (l *leader) compareLoop(ctx context.Context) {
 			if l.examining(account, 0) >= maxCompares {
 				continue // the first of them to end changes the state
 			}
-			l.examine(account, c.Check.Id, func(ctx context.Context) error { return l.compare(ctx, c) })
+			l.examine(account, c.Check.Id, func(ctx context.Context) (func(), error) { return l.compare(ctx, c) })
 		}
 		select {
 		case <-ctx.Done():
@@ -458,12 +458,15 @@ func (l *leader) compareLoop(ctx context.Context) {
 }
 
 // examine runs f beside the caller, once an examiner is free, unless something
-// with that key is under way. After an error the key stays taken for a while.
-func (l *leader) examine(account, key string, f func(context.Context) error) {
+// with that key is under way, and then what f returns, for which no examiner is
+// needed. After an error the key stays taken for a while.
+func (l *leader) examine(account, key string, f func(context.Context) (then func(), err error)) {
 	l.beside(key, func() {
 		l.examining(account, 1)
 		defer l.examining(account, -1)
-		if l.examineNow(account, f) == nil {
+		then, err := l.examineNow(account, f)
+		if err == nil {
+			then()
 			return
 		}
 		select {
@@ -473,14 +476,14 @@ func (l *leader) examine(account, key string, f func(context.Context) error) {
 	})
 }
 
-func (l *leader) examineNow(account string, f func(context.Context) error) error {
+func (l *leader) examineNow(account string, f func(context.Context) (func(), error)) (then func(), err error) {
 	own := l.accountExaminers(account)
 	if err := own.Acquire(l.ctx, 1); err != nil {
-		return err
+		return nil, err
 	}
 	defer own.Release(1)
 	if err := l.examiners.Acquire(l.ctx, 1); err != nil {
-		return err
+		return nil, err
 	}
 	defer l.examiners.Release(1)
 	ctx, cancel := context.WithTimeout(l.ctx, examineWithin)
@@ -568,36 +571,36 @@ func (l *leader) examining(account string, change int) int {
 
 // compare compares what a check has results of; an error means that they could
 // not be read.
-func (l *leader) compare(ctx context.Context, c state.Comparable) error {
+func (l *leader) compare(ctx context.Context, c state.Comparable) (then func(), err error) {
 	job := l.State.Job(c.Check.Job)
 	comparator, err := verify.ComparatorOf(job.Spec.Verify)
 	if err != nil {
 		l.Logger.Error("a job has no comparator", "job", job.Id, "err", err)
-		return err
+		return nil, err
 	}
 	cmd := &musterpb.RecordComparisons{Check: c.Check.Id}
-	defer func() {
-		if len(cmd.Comparisons) == len(c.Pairs) {
-			l.mu.Lock()
-			delete(l.unread, c.Check.Id)
-			l.mu.Unlock()
-		}
-	}()
 	for _, pair := range c.Pairs {
 		match, detail, err := l.comparePair(ctx, comparator, pair, c.Check.Items, job.Spec.Resources.GetDiskBytes())
 		if err != nil {
-			return l.unreadable(c.Check.Id, err)
+			return func() {}, l.unreadable(c.Check.Id, err)
 		}
 		cmd.Comparisons = append(cmd.Comparisons, &musterpb.Comparison{A: pair[0], B: pair[1], Match: match, Detail: detail})
 	}
-	if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_RecordComparisons{RecordComparisons: cmd}}); err != nil {
-		l.Logger.Debug("a comparison was refused", "check", c.Check.Id, "err", err)
-		return nil
+	l.mu.Lock()
+	delete(l.unread, c.Check.Id)
+	l.mu.Unlock()
+	return func() { l.record(cmd) }, nil
+}
+
+// record enters a comparison into the log.
+func (l *leader) record(cmd *musterpb.RecordComparisons) {
+	if _, err := l.Propose(l.ctx, &musterpb.Command{Body: &musterpb.Command_RecordComparisons{RecordComparisons: cmd}}); err != nil {
+		l.Logger.Debug("a comparison was refused", "check", cmd.Check, "err", err)
+		return
 	}
-	if v := l.State.Check(c.Check.Id); v.Verdict == musterpb.Verdict_VERDICT_FAILURE {
-		l.Logger.Warn("a result was proved wrong", "job", v.Job, "attempt", v.Target, "worker", l.State.Attempt(v.Target).Worker, "reason", v.Reason)
+	if v := l.State.Check(cmd.Check); v.GetVerdict() == musterpb.Verdict_VERDICT_FAILURE {
+		l.Logger.Warn("a result was proved wrong", "job", v.Job, "attempt", v.Target, "reason", v.Reason)
 	}
-	return nil
 }
 
 // comparePair compares the given items of two results.
