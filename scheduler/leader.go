@@ -20,10 +20,9 @@ import (
 
 // Bounds of the leader's own work.
 const (
-	maxPlacements  = 512 // of one round
-	maxTasksPerJob = 512 // looked at in one round
-	maxExaminers   = 4   // results examined or compared at once
-	maxCompares    = 64  // examinations of one account's results, under way or waiting
+	maxPlacements = 512 // of one round
+	maxExaminers  = 4   // results examined or compared at once
+	maxCompares   = 64  // examinations of one account's results, under way or waiting
 	// maxAccountExaminers bounds how many of them work for one account's jobs, so
 	// that nobody's large results keep those of everybody else waiting.
 	maxAccountExaminers = 2
@@ -147,7 +146,7 @@ func (l *leader) placeLoop(ctx context.Context) {
 // placeRound decides, proposes and hands out; it returns how many attempts
 // were placed, and how many were not although there was a place for them.
 func (l *leader) placeRound(ctx context.Context) (placed, refused int) {
-	work := l.State.Queued(maxTasksPerJob)
+	work := l.State.Queued()
 	if len(work) == 0 {
 		return 0, 0
 	}
@@ -335,7 +334,7 @@ func (l *leader) giveUpDisputes(ctx context.Context, since map[string]time.Time)
 	now := time.Now()
 	stuck := map[string]bool{}
 	var workers []*place.Worker
-	for _, w := range l.State.Queued(0) {
+	for _, w := range l.State.Wanting() {
 		for _, run := range w.Checks {
 			if len(run.Check.Comparisons) == 0 && !state.Ended(w.Job.State) {
 				continue
@@ -611,7 +610,7 @@ func (s *Scheduler) Explain(id string) (*musterpb.ExplainJobResponse, error) {
 	case job.NextTask >= job.Tasks && len(job.Requeued) == 0:
 		out.Summary = fmt.Sprintf("nothing of it waits for a worker: %d attempts are under way, %d results are being checked", job.LiveAttempts, job.OpenChecks)
 	}
-	for _, w := range s.State.Queued(0) {
+	for _, w := range s.State.Wanting() {
 		if w.Job.Id == id && len(w.Checks) > 0 {
 			run := w.Checks[0]
 			wait := "checks wait"

@@ -251,9 +251,7 @@ func (plan *planner) next(q *queue) (Placement, bool) {
 				return p, true
 			}
 		}
-		for len(w.Tasks) > 0 {
-			task := w.Tasks[0]
-			w.Tasks = w.Tasks[1:]
+		for task := nextTask(w); task != nil; task = nextTask(w) {
 			if plan.awaitsOwner(w.Job, task) {
 				continue
 			}
@@ -261,11 +259,25 @@ func (plan *planner) next(q *queue) (Placement, bool) {
 				return p, true
 			}
 			// The tasks of a job want the same: where one finds no place, none does.
-			w.Tasks = nil
+			w.Requeued, w.Next = nil, w.End
 		}
 		q.work = q.work[1:]
 	}
 	return Placement{}, false
+}
+
+// nextTask takes the next task of a job's work; nil is that there is none.
+func nextTask(w *state.Work) *musterpb.Task {
+	if len(w.Requeued) > 0 {
+		task := w.Requeued[0]
+		w.Requeued = w.Requeued[1:]
+		return task
+	}
+	if w.Next == w.End {
+		return nil
+	}
+	w.Next++
+	return &musterpb.Task{Job: w.Job.Id, Number: w.Next - 1, State: musterpb.TaskState_TASK_STATE_QUEUED}
 }
 
 func (plan *planner) placeTask(job *musterpb.Job, task *musterpb.Task) (Placement, bool) {

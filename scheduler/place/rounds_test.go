@@ -36,7 +36,7 @@ func (r *rounds) must(cmd *musterpb.Command) {
 // round plans once and applies everything. The state must take what is planned,
 // unless the money is short: a refusal would be planned again at once.
 func (r *rounds) round() (accepted, refused int) {
-	in := &place.Input{NowUnixMS: r.now, Work: r.Queued(50), Usage: map[string]int64{}, Max: 100}
+	in := &place.Input{NowUnixMS: r.now, Work: r.Queued(), Usage: map[string]int64{}, Max: 100}
 	byID := map[string]*place.Worker{}
 	for _, w := range r.Workers() {
 		byID[w.Id] = place.NewWorker(w, true, nil)
