@@ -20,10 +20,9 @@ import (
 
 // Bounds of the leader's own work.
 const (
-	maxPlacements  = 512 // of one round
-	maxTasksPerJob = 512 // looked at in one round
-	maxExaminers   = 4   // results examined or compared at once
-	maxCompares    = 64  // examinations of one account's results, under way or waiting
+	maxPlacements = 512 // of one round
+	maxExaminers  = 4   // results examined or compared at once
+	maxCompares   = 64  // examinations of one account's results, under way or waiting
 	// maxAccountExaminers bounds how many of them work for one account's jobs, so
 	// that nobody's large results keep those of everybody else waiting.
 	maxAccountExaminers = 2
@@ -150,7 +149,7 @@ func (l *leader) placeLoop(ctx context.Context) {
 // placeRound decides, proposes and hands out; it returns how many attempts
 // were placed, and how many were not although there was a place for them.
 func (l *leader) placeRound(ctx context.Context) (placed, refused int) {
-	work := l.State.Queued(maxTasksPerJob)
+	work := l.State.Queued()
 	if len(work) == 0 {
 		return 0, 0
 	}
@@ -364,7 +363,7 @@ func (l *leader) giveUpDisputes(ctx context.Context, since map[string]time.Time)
 	now := time.Now()
 	stuck := map[string]bool{}
 	var workers []*place.Worker
-	for _, w := range l.State.Queued(0) {
+	for _, w := range l.State.Queued() {
 		for _, run := range w.Checks {
 			if len(run.Check.Comparisons) == 0 && !state.Ended(w.Job.State) {
 				continue
@@ -448,7 +447,7 @@ func (l *leader) compareLoop(ctx context.Context) {
 			if l.examining(account, 0) >= maxCompares {
 				continue // the first of them to end changes the state
 			}
-			l.examine(account, c.Check.Id, func(ctx context.Context) error { return l.compare(ctx, c) })
+			l.examine(account, c.Check.Id, func(ctx context.Context) (func(), error) { return l.compare(ctx, c) })
 		}
 		select {
 		case <-ctx.Done():
@@ -459,12 +458,15 @@ func (l *leader) compareLoop(ctx context.Context) {
 }
 
 // examine runs f beside the caller, once an examiner is free, unless something
-// with that key is under way. After an error the key stays taken for a while.
-func (l *leader) examine(account, key string, f func(context.Context) error) {
+// with that key is under way, and then what f returns, for which no examiner is
+// needed. After an error the key stays taken for a while.
+func (l *leader) examine(account, key string, f func(context.Context) (then func(), err error)) {
 	l.beside(key, func() {
 		l.examining(account, 1)
 		defer l.examining(account, -1)
-		if l.examineNow(account, f) == nil {
+		then, err := l.examineNow(account, f)
+		if err == nil {
+			then()
 			return
 		}
 		select {
@@ -474,14 +476,14 @@ func (l *leader) examine(account, key string, f func(context.Context) error) {
 	})
 }
 
-func (l *leader) examineNow(account string, f func(context.Context) error) error {
+func (l *leader) examineNow(account string, f func(context.Context) (func(), error)) (then func(), err error) {
 	own := l.accountExaminers(account)
 	if err := own.Acquire(l.ctx, 1); err != nil {
-		return err
+		return nil, err
 	}
 	defer own.Release(1)
 	if err := l.examiners.Acquire(l.ctx, 1); err != nil {
-		return err
+		return nil, err
 	}
 	defer l.examiners.Release(1)
 	ctx, cancel := context.WithTimeout(l.ctx, examineWithin)
@@ -569,36 +571,36 @@ func (l *leader) examining(account string, change int) int {
 
 // compare compares what a check has results of; an error means that they could
 // not be read.
-func (l *leader) compare(ctx context.Context, c state.Comparable) error {
+func (l *leader) compare(ctx context.Context, c state.Comparable) (then func(), err error) {
 	job := l.State.Job(c.Check.Job)
 	comparator, err := verify.ComparatorOf(job.Spec.Verify)
 	if err != nil {
 		l.Logger.Error("a job has no comparator", "job", job.Id, "err", err)
-		return err
+		return nil, err
 	}
 	cmd := &musterpb.RecordComparisons{Check: c.Check.Id}
-	defer func() {
-		if len(cmd.Comparisons) == len(c.Pairs) {
-			l.mu.Lock()
-			delete(l.unread, c.Check.Id)
-			l.mu.Unlock()
-		}
-	}()
 	for _, pair := range c.Pairs {
 		match, detail, err := l.comparePair(ctx, comparator, pair, c.Check.Items, job.Spec.Resources.GetDiskBytes())
 		if err != nil {
-			return l.unreadable(c.Check.Id, err)
+			return func() {}, l.unreadable(c.Check.Id, err)
 		}
 		cmd.Comparisons = append(cmd.Comparisons, &musterpb.Comparison{A: pair[0], B: pair[1], Match: match, Detail: detail})
 	}
-	if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_RecordComparisons{RecordComparisons: cmd}}); err != nil {
-		l.Logger.Debug("a comparison was refused", "check", c.Check.Id, "err", err)
-		return nil
+	l.mu.Lock()
+	delete(l.unread, c.Check.Id)
+	l.mu.Unlock()
+	return func() { l.record(cmd) }, nil
+}
+
+// record enters a comparison into the log.
+func (l *leader) record(cmd *musterpb.RecordComparisons) {
+	if _, err := l.Propose(l.ctx, &musterpb.Command{Body: &musterpb.Command_RecordComparisons{RecordComparisons: cmd}}); err != nil {
+		l.Logger.Debug("a comparison was refused", "check", cmd.Check, "err", err)
+		return
 	}
-	if v := l.State.Check(c.Check.Id); v.Verdict == musterpb.Verdict_VERDICT_FAILURE {
-		l.Logger.Warn("a result was proved wrong", "job", v.Job, "attempt", v.Target, "worker", l.State.Attempt(v.Target).Worker, "reason", v.Reason)
+	if v := l.State.Check(cmd.Check); v.GetVerdict() == musterpb.Verdict_VERDICT_FAILURE {
+		l.Logger.Warn("a result was proved wrong", "job", v.Job, "attempt", v.Target, "reason", v.Reason)
 	}
-	return nil
 }
 
 // comparePair compares the given items of two results.
@@ -652,7 +654,7 @@ func (s *Scheduler) Explain(id string) (*musterpb.ExplainJobResponse, error) {
 	case job.NextTask >= job.Tasks && len(job.Requeued) == 0:
 		out.Summary = fmt.Sprintf("nothing of it waits for a worker: %d attempts are under way, %d results are being checked", job.LiveAttempts, job.OpenChecks)
 	}
-	for _, w := range s.State.Queued(0) {
+	for _, w := range s.State.Queued() {
 		if w.Job.Id == id && len(w.Checks) > 0 {
 			run := w.Checks[0]
 			wait := "checks wait"

@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/state"
@@ -210,6 +212,9 @@ func checkHello(hello *musterpb.WorkerHello) error {
 	id := api.WorkerIDOf(hello.PublicKey)
 	if n := hello.SizeVT(); n > maxHello {
 		return api.Errorf(api.Invalid, "worker %s describes itself with %d bytes, at most %d are taken", id, n, maxHello)
+	}
+	if _, err := proto.Marshal(hello); err != nil { // the session's codec takes any text
+		return api.Errorf(api.Invalid, "worker %s describes itself with text that is no UTF-8: %w", id, err)
 	}
 	seen := map[string]bool{}
 	for _, d := range hello.Capacity.GetDevices() {

@@ -90,12 +90,12 @@ func New(cfg Config) *Server {
 func (s *Server) Handler() http.Handler {
 	options := []connect.HandlerOption{
 		connect.WithReadMaxBytes(MaxRequestBytes), connect.WithInterceptors(errorKinds{}),
-		connect.WithRecover(s.recovered),
+		connect.WithRecover(s.recovered), client.Compression(),
 	}
 	mux := http.NewServeMux()
 	path, muster := musterpbconnect.NewMusterHandler(s, options...)
 	mux.Handle(path, s.forwarded(s.authenticated(muster))) // the leader knows every key
-	path, sessions := musterpbconnect.NewSessionsHandler((*sessionService)(s), options...)
+	path, sessions := musterpbconnect.NewSessionsHandler((*sessionService)(s), append(options, client.SessionWire())...)
 	mux.Handle(path, s.authenticated(writesWithin(sessionWrite, sessions)))
 	path, peers := musterpbconnect.NewPeersHandler((*peerService)(s), options...)
 	mux.Handle(path, s.forwarded(peers))

@@ -74,16 +74,23 @@ const (
 
 // placeQueued places something that waits, somewhere.
 func (m *machine) placeQueued(t *rapid.T) {
-	work := m.Queued(3)
+	work := m.Queued()
 	if len(work) == 0 {
 		return
 	}
 	w := rapid.SampledFrom(work).Draw(t, "work")
 	args := []string{"place", m.newAttempt(), "worker=" + m.anyWorker(t)}
-	if len(w.Checks) > 0 && (len(w.Tasks) == 0 || rapid.Bool().Draw(t, "a check")) {
+	if len(w.Checks) > 0 && (len(w.Requeued) == 0 && w.Next == w.End || rapid.Bool().Draw(t, "a check")) {
 		args = append(args, "check="+rapid.SampledFrom(w.Checks).Draw(t, "check").Check.Id)
 	} else {
-		args = append(args, "job="+w.Job.Id, fmt.Sprintf("task=%d", rapid.SampledFrom(w.Tasks).Draw(t, "task").Number))
+		waiting := []uint32{}
+		for _, task := range w.Requeued {
+			waiting = append(waiting, task.Number)
+		}
+		for n := w.Next; n < min(w.End, w.Next+3); n++ {
+			waiting = append(waiting, n)
+		}
+		args = append(args, "job="+w.Job.Id, fmt.Sprintf("task=%d", rapid.SampledFrom(waiting).Draw(t, "task")))
 	}
 	if w.Job.Spec.Resources.Gpus > 0 {
 		args = append(args, fmt.Sprintf("devices=gpu-%d", rapid.IntRange(0, 1).Draw(t, "gpu")))
@@ -190,7 +197,7 @@ func (m *machine) truth(t *rapid.T, attempt string) int {
 // that may take them, and the comparison.
 func (m *machine) examine(t *rapid.T) {
 	var wanted []WantedRun
-	for _, w := range m.Queued(0) {
+	for _, w := range m.Queued() {
 		wanted = append(wanted, w.Checks...)
 	}
 	if len(wanted) == 0 {
@@ -249,7 +256,7 @@ func (m *machine) settle(t *rapid.T) {
 		for _, c := range m.ToCompare() {
 			m.compareSome(t, c)
 		}
-		for _, w := range m.Queued(0) {
+		for _, w := range m.Queued() {
 			for _, c := range w.Checks {
 				m.do(t, "give-up", c.Check.Id)
 			}
@@ -291,7 +298,7 @@ func TestPausedJobsGoOn(t *testing.T) {
 				}
 			}
 		}
-		for _, w := range m.Queued(1) {
+		for _, w := range m.Queued() {
 			for _, c := range w.Checks {
 				if c.Unpaid != "" && !Ended(w.Job.State) {
 					t.Fatalf("job %s was funded and %s", w.Job.Id, c.Unpaid)

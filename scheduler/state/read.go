@@ -225,8 +225,10 @@ func (s *State) Batches(after uint64, limit int) []*musterpb.Batch {
 // Work is what could be placed now.
 type Work struct {
 	Job *musterpb.Job
-	// Tasks that wait, in order, at most as many as were asked for.
-	Tasks []*musterpb.Task
+	// Requeued are the tasks that were placed before and wait again, in order.
+	Requeued []*musterpb.Task
+	// Tasks from Next up to, and without, End were never placed.
+	Next, End uint32
 	// Checks that want a further run.
 	Checks []WantedRun
 }
@@ -247,11 +249,32 @@ type WantedRun struct {
 	Unpaid string
 }
 
-// Queued lists the live jobs with work to place, in order of submission, with
-// at most perJob tasks each.
-func (s *State) Queued(perJob int) []Work {
+// Queued lists the live jobs with work to place, in order of submission.
+func (s *State) Queued() []Work {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
+	wanted := s.wanted()
+	var list []Work
+	for id := range s.liveJobs {
+		if w, ok := s.workOf(id, wanted); ok {
+			list = append(list, w)
+		}
+	}
+	slices.SortFunc(list, func(a, b Work) int { return cmp.Compare(a.Job.Sequence, b.Job.Sequence) })
+	return list
+}
+
+// WorkOf is what could be placed of one job, if anything.
+func (s *State) WorkOf(job string) (Work, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if _, ok := s.liveJobs[job]; !ok {
+		return Work{}, false
+	}
+	return s.workOf(job, s.wanted())
+}
+
+func (s *State) wanted() map[string][]WantedRun {
 	wanted := map[string][]WantedRun{}
 	for _, id := range sortedKeys(s.openChecks) {
 		check := s.checks[id]
@@ -259,26 +282,19 @@ func (s *State) Queued(perJob int) []Work {
 			wanted[check.Job] = append(wanted[check.Job], s.wantedRun(check, n))
 		}
 	}
-	var list []Work
-	for id := range s.liveJobs {
-		job := s.jobs[id]
-		w := Work{Job: job, Checks: wanted[id]}
-		if !Ended(job.State) && job.State != musterpb.JobState_JOB_STATE_PAUSED {
-			for _, n := range job.Requeued {
-				if len(w.Tasks) < perJob {
-					w.Tasks = append(w.Tasks, s.tasks[taskKey{id, n}])
-				}
-			}
-			for n := job.NextTask; n < job.Tasks && len(w.Tasks) < perJob; n++ {
-				w.Tasks = append(w.Tasks, &musterpb.Task{Job: id, Number: n, State: musterpb.TaskState_TASK_STATE_QUEUED})
-			}
+	return wanted
+}
+
+func (s *State) workOf(id string, wanted map[string][]WantedRun) (Work, bool) {
+	job := s.jobs[id]
+	w := Work{Job: job, Checks: wanted[id]}
+	if !Ended(job.State) && job.State != musterpb.JobState_JOB_STATE_PAUSED {
+		for _, n := range job.Requeued {
+			w.Requeued = append(w.Requeued, s.tasks[taskKey{id, n}])
 		}
-		if len(w.Tasks) > 0 || len(w.Checks) > 0 {
-			list = append(list, w)
-		}
+		w.Next, w.End = job.NextTask, job.Tasks
 	}
-	slices.SortFunc(list, func(a, b Work) int { return cmp.Compare(a.Job.Sequence, b.Job.Sequence) })
-	return list
+	return w, len(w.Requeued) > 0 || w.Next < w.End || len(w.Checks) > 0
 }
 
 func (s *State) wantedRun(check *musterpb.Check, n int) WantedRun {

@@ -124,7 +124,7 @@ func must1[T any](v T, err error) T {
 
 // useAll reads everything, as the leader's loops do.
 func useAll(s *State) {
-	s.Queued(10)
+	s.Queued()
 	s.ToCompare()
 	s.Committed()
 	s.Drawing()

@@ -474,13 +474,16 @@ func (w *world) must(words ...string) {
 }
 
 func (w *world) queued() (lines []string) {
-	for _, work := range w.Queued(100) {
+	for _, work := range w.Queued() {
 		line := "queued of " + work.Job.Id + ":"
-		for _, t := range work.Tasks {
+		for _, t := range work.Requeued {
 			line += fmt.Sprintf(" task %d", t.Number)
 			if len(t.AvoidOwners) > 0 {
 				line += fmt.Sprintf(" (not by %s)", strings.Join(t.AvoidOwners, ", "))
 			}
+		}
+		for n := work.Next; n < min(work.End, work.Next+100); n++ {
+			line += fmt.Sprintf(" task %d", n)
 		}
 		for _, c := range work.Checks {
 			line += fmt.Sprintf(" %s (%d runs", c.Check.Id, c.Runs)
