@@ -7,9 +7,6 @@ import (
 	"sync"
 	"time"
 
-	"connectrpc.com/connect"
-
-	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/bench/load/network"
 )
 
@@ -145,11 +142,11 @@ func (w *world) firstPlaced(ctx context.Context, list []sighting, afterUnixMS in
 		}
 		if !asked[s.job] {
 			asked[s.job] = true
-			resp, err := job.client.GetJob(ctx, connect.NewRequest(&musterpb.GetJobRequest{Job: *job.id.Load(), Detail: true}))
+			resp, err := w.jobs.detail(ctx, job)
 			if err != nil {
 				return 0, err
 			}
-			for _, a := range resp.Msg.Attempts {
+			for _, a := range resp.Attempts {
 				placed[a.Id] = a.PlacedUnixMs
 			}
 		}

@@ -73,7 +73,10 @@ func (j *jobs) get(number int) *job {
 // submit submits a job.
 func (j *jobs) submit(ctx context.Context, job *job, spec *musterpb.JobSpec) error {
 	job.submitted.Store(j.clock())
-	resp, err := job.client.SubmitJob(ctx, connect.NewRequest(&musterpb.SubmitJobRequest{Id: client.NewID(), Spec: spec}))
+	id := client.NewID()
+	resp, err := patiently(ctx, func() (*connect.Response[musterpb.SubmitJobResponse], error) {
+		return job.client.SubmitJob(ctx, connect.NewRequest(&musterpb.SubmitJobRequest{Id: id, Spec: spec}))
+	})
 	if err != nil {
 		return fmt.Errorf("submitting: %w", err)
 	}
@@ -161,9 +164,11 @@ func (j *jobs) mayBeSettled(job *job) bool {
 
 // ask asks any scheduler about a job.
 func (j *jobs) ask(ctx context.Context, job *job) (*musterpb.Job, error) {
-	req := connect.NewRequest(&musterpb.GetJobRequest{Job: *job.id.Load()})
-	req.Header().Set(server.HeaderRead, "stale") // it is asked again
-	resp, err := job.client.GetJob(ctx, req)
+	resp, err := patiently(ctx, func() (*connect.Response[musterpb.GetJobResponse], error) {
+		req := connect.NewRequest(&musterpb.GetJobRequest{Job: *job.id.Load()})
+		req.Header().Set(server.HeaderRead, "stale") // it is asked again
+		return job.client.GetJob(ctx, req)
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -171,6 +176,31 @@ func (j *jobs) ask(ctx context.Context, job *job) (*musterpb.Job, error) {
 	defer j.mu.Unlock()
 	job.last = resp.Msg.Job
 	return job.last, nil
+}
+
+// detail is a job with its attempts and checks.
+func (j *jobs) detail(ctx context.Context, job *job) (*musterpb.GetJobResponse, error) {
+	resp, err := patiently(ctx, func() (*connect.Response[musterpb.GetJobResponse], error) {
+		return job.client.GetJob(ctx, connect.NewRequest(&musterpb.GetJobRequest{Job: *job.id.Load(), Detail: true}))
+	})
+	if err != nil {
+		return nil, err
+	}
+	return resp.Msg, nil
+}
+
+// tries is how often a call is made whose scheduler is killed while it answers.
+const tries = 5
+
+// patiently repeats a call that was cut off: it may be made twice.
+func patiently[T any](ctx context.Context, call func() (T, error)) (resp T, err error) {
+	for range tries {
+		resp, err = call()
+		if code := connect.CodeOf(err); err == nil || ctx.Err() != nil || code != connect.CodeUnknown && code != connect.CodeUnavailable && code != connect.CodeInternal {
+			break
+		}
+	}
+	return resp, err
 }
 
 // verified counts the items that are verified now.

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"connectrpc.com/connect"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/musternet/muster/api/musterpb"
@@ -289,19 +288,19 @@ func (w *world) stages(ctx context.Context) error {
 	var start, draw, verdict, post []float64
 	ms := func(from, to int64) float64 { return float64(to - from) }
 	for _, job := range w.sample(sampledJobs) {
-		resp, err := job.client.GetJob(ctx, connect.NewRequest(&musterpb.GetJobRequest{Job: *job.id.Load(), Detail: true}))
+		resp, err := w.jobs.detail(ctx, job)
 		if err != nil {
 			return err
 		}
 		committed := map[string]int64{}
-		for _, a := range resp.Msg.Attempts {
+		for _, a := range resp.Attempts {
 			committed[a.Id] = a.CommittedUnixMs
 			if a.State == musterpb.AttemptState_ATTEMPT_STATE_VERIFIED {
 				start = append(start, ms(a.PlacedUnixMs, a.StartedUnixMs))
 				post = append(post, ms(a.CommittedUnixMs, a.EndedUnixMs))
 			}
 		}
-		for _, c := range resp.Msg.Checks {
+		for _, c := range resp.Checks {
 			if c.ClosedUnixMs > 0 {
 				draw = append(draw, ms(committed[c.Target], c.OpenedUnixMs))
 				verdict = append(verdict, ms(c.OpenedUnixMs, c.ClosedUnixMs))

@@ -61,6 +61,8 @@ var measurements = []measurement{
 	{"instant", []string{"start_instant_"}, (*bench).instant},
 	{"failover", []string{"failover_"}, (*bench).failover},
 	{"cost", []string{"cost_"}, (*bench).cost},
+	{"memory", []string{"heap_bytes_per_"}, (*bench).memory},
+	{"transfers", []string{"transfers_", "raw_raft_transfers_"}, (*bench).transfers},
 }
 
 func main() {

@@ -234,23 +234,23 @@ const sampledJobs = 5
 // checkPayments wants every task of a sample of jobs paid once.
 func (w *world) checkPayments(ctx context.Context) error {
 	for _, job := range w.sample(sampledJobs) {
-		resp, err := job.client.GetJob(ctx, connect.NewRequest(&musterpb.GetJobRequest{Job: *job.id.Load(), Detail: true}))
+		resp, err := w.jobs.detail(ctx, job)
 		if err != nil {
 			return err
 		}
 		paid, spent := map[uint32]int{}, int64(0)
-		for _, a := range resp.Msg.Attempts {
+		for _, a := range resp.Attempts {
 			if spent += a.PaidMicroUsd; a.Check == "" && a.State == musterpb.AttemptState_ATTEMPT_STATE_VERIFIED {
 				paid[a.Task]++
 			}
 		}
-		for n := range resp.Msg.Job.Tasks {
-			if paid[n] > 1 || paid[n] == 0 && resp.Msg.Job.State == musterpb.JobState_JOB_STATE_VERIFIED {
-				return fmt.Errorf("task %d of job %s was paid %d times", n, resp.Msg.Job.Id, paid[n])
+		for n := range resp.Job.Tasks {
+			if paid[n] > 1 || paid[n] == 0 && resp.Job.State == musterpb.JobState_JOB_STATE_VERIFIED {
+				return fmt.Errorf("task %d of job %s was paid %d times", n, resp.Job.Id, paid[n])
 			}
 		}
-		if spent < resp.Msg.Job.SpentMicroUsd {
-			return fmt.Errorf("job %s has spent %d, its attempts were paid %d", resp.Msg.Job.Id, resp.Msg.Job.SpentMicroUsd, spent)
+		if spent < resp.Job.SpentMicroUsd {
+			return fmt.Errorf("job %s has spent %d, its attempts were paid %d", resp.Job.Id, resp.Job.SpentMicroUsd, spent)
 		}
 	}
 	return nil

@@ -44,7 +44,7 @@ type Network struct {
 	debug      []string
 	Schedulers []*Process
 	AdminKey   string
-	Client     *client.Client // with the admin's key
+	Client     *client.Client   // with the admin's key
 	single     []*client.Client // of one scheduler each, with the admin's key
 	light      []*client.Client // the same with a key that sees less and costs less
 }
