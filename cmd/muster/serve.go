@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -18,6 +19,10 @@ import (
 	"github.com/musternet/muster/gpu/nvml"
 	"github.com/musternet/muster/scheduler"
 )
+
+// schedulerGC is GOGC for a scheduler: what it keeps is small beside what it
+// makes and drops, so that collecting less often costs little memory.
+const schedulerGC = 400
 
 func newScheduler(g *globals) *cobra.Command {
 	var c node.Scheduler
@@ -55,6 +60,9 @@ network or on loopback.`,
 					}
 				}
 				fmt.Fprintf(cmd.OutOrStdout(), "ready scheduler=%s api=%s\n", info.ID, info.Address)
+			}
+			if os.Getenv("GOGC") == "" {
+				debug.SetGCPercent(schedulerGC)
 			}
 			return c.Run(cmd.Context())
 		},
