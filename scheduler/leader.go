@@ -43,6 +43,7 @@ type leader struct {
 	// worker's stream breaks, and ends with the leadership.
 	ctx       context.Context
 	examiners *semaphore.Weighted
+	bundles   *bundles
 	wake      chan struct{} // capacity 1: sessions or leases changed
 
 	mu        sync.Mutex
@@ -67,10 +68,12 @@ type lease struct {
 const maxLogTail = 64 << 10
 
 func newLeader(ctx context.Context, s *Scheduler) *leader {
-	return &leader{
+	l := &leader{
 		Scheduler: s, ctx: ctx, examiners: semaphore.NewWeighted(maxExaminers), wake: make(chan struct{}, 1),
 		sessions: map[string]*session{}, leases: map[string]*lease{}, byAccount: map[string]*semaphore.Weighted{}, waiting: map[string]int{}, unread: map[string]time.Time{}, began: s.Replica.Now(), busy: map[string]bool{},
 	}
+	l.bundles = &bundles{l: l, pending: map[string]*pending{}}
+	return l
 }
 
 // run runs the loops until the leadership ends.
@@ -191,20 +194,15 @@ func (l *leader) place(ctx context.Context, p place.Placement) bool {
 	l.leases[id] = &lease{worker: p.Worker, deadline: time.Now().Add(ttl)}
 	l.mu.Unlock()
 	if s != nil {
-		s.send(orders(&musterpb.Orders{Assign: []*musterpb.Assignment{l.assignment(a)}}))
+		s.assign(l.assignment(a))
 	}
 	return true
 }
 
 // assignment is what a worker learns of an attempt: the same for work and for
 // checks.
-func (l *leader) assignment(a *musterpb.Attempt) *musterpb.Assignment {
-	spec := l.State.Job(a.Job).Spec
-	return &musterpb.Assignment{
-		Attempt: a.Id, Image: spec.Image, Command: spec.Command, Env: spec.Env, Inputs: spec.Inputs, Items: spec.Items,
-		Indexes: l.State.ItemsOf(a), Resources: spec.Resources, Devices: a.Devices, TimeoutMs: spec.TimeoutMs,
-		Outputs: spec.Outputs, Network: spec.Network, PriceMicroUsdPerHour: a.PriceMicroUsdPerHour,
-	}
+func (l *leader) assignment(a *musterpb.Attempt) assignment {
+	return assignment{l.State.Job(a.Job).Spec, a, l.State.ItemsOf(a)}
 }
 
 // workers is what placement sees of the workers.
@@ -254,53 +252,84 @@ func (l *leader) seedOf(epoch uint64) []byte {
 	return batches[0].Digest
 }
 
+// How often the leader looks at what only time changes.
+const (
+	reconcileEvery = 5 * time.Second
+	disputesEvery  = time.Second
+)
+
 // leaseLoop ends attempts whose worker was silent for too long, and disputes
 // that nobody can decide.
 func (l *leader) leaseLoop(ctx context.Context) {
-	tick := time.NewTicker(min(l.Timing.LeaseTTL/8, 250*time.Millisecond))
+	expiry := time.NewTicker(min(l.Timing.LeaseTTL/8, 250*time.Millisecond))
+	defer expiry.Stop()
+	reconcile := time.NewTicker(min(reconcileEvery, l.Timing.LeaseTTL/4))
+	defer reconcile.Stop()
+	disputes := time.NewTicker(min(disputesEvery, l.Timing.DisputePatience/4))
+	defer disputes.Stop()
 	stuck := map[string]time.Time{} // disputes that nobody can run, since when
-	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-expiry.C:
 			l.expireLeases(ctx)
+		case <-reconcile.C:
+			l.reconcileLeases(ctx)
+		case <-disputes.C:
 			l.giveUpDisputes(ctx, stuck)
 		}
 	}
 }
 
+// expireLeases ends the attempts whose lease ran out.
 func (l *leader) expireLeases(ctx context.Context) {
-	live := map[string]*musterpb.Attempt{}
-	for _, a := range l.State.LiveAttempts() {
-		live[a.Id] = a
-	}
-	l.grantLeases(slices.Collect(maps.Values(live)))
 	now := time.Now()
-	var expired, overdue []string
+	var expired []string
 	l.mu.Lock()
 	for id, lease := range l.leases {
-		switch {
-		case live[id] == nil:
-			delete(l.leases, id)
-		case l.busy[id]:
-		case now.After(lease.deadline):
+		if now.After(lease.deadline) && !l.busy[id] {
 			expired = append(expired, id)
-		case l.overdue(live[id]):
-			overdue = append(overdue, id)
 		}
 	}
 	l.mu.Unlock()
-	for _, id := range overdue {
-		reason := fmt.Sprintf("worker %s neither delivered nor gave up within the job's time-out of %s and %s for fetching and uploading",
-			live[id].Worker, time.Duration(l.State.Job(live[id].Job).Spec.TimeoutMs)*time.Millisecond, l.Timing.TransferLimit)
-		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Reason: reason, Blame: musterpb.Blame_BLAME_WORKER})
-	}
 	for _, id := range expired {
-		reason := fmt.Sprintf("worker %s was not heard of for a whole lease (%s)", live[id].Worker, l.Timing.LeaseTTL)
+		a := l.State.Attempt(id)
+		if a == nil || !live(a) {
+			l.dropLease(id)
+			continue
+		}
+		reason := fmt.Sprintf("worker %s was not heard of for a whole lease (%s)", a.Worker, l.Timing.LeaseTTL)
 		// An error means that it is over already, or that the leadership is.
 		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Reason: reason, Blame: musterpb.Blame_BLAME_NETWORK})
+	}
+}
+
+func (l *leader) dropLease(attempt string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.leases, attempt)
+}
+
+// reconcileLeases brings the leases in line with what is live in the log, and
+// ends attempts that last longer than their job allows.
+func (l *leader) reconcileLeases(ctx context.Context) {
+	l.grantLeases(l.State.LiveAttempts())
+	var overdue []*musterpb.Attempt
+	l.mu.Lock()
+	for id := range l.leases {
+		switch a := l.State.Attempt(id); {
+		case a == nil || !live(a):
+			delete(l.leases, id)
+		case !l.busy[id] && l.overdue(a):
+			overdue = append(overdue, a)
+		}
+	}
+	l.mu.Unlock()
+	for _, a := range overdue {
+		reason := fmt.Sprintf("worker %s neither delivered nor gave up within the job's time-out of %s and %s for fetching and uploading",
+			a.Worker, time.Duration(l.State.Job(a.Job).Spec.TimeoutMs)*time.Millisecond, l.Timing.TransferLimit)
+		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: a.Id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Reason: reason, Blame: musterpb.Blame_BLAME_WORKER})
 	}
 }
 
@@ -467,6 +496,18 @@ func (l *leader) accountExaminers(account string) *semaphore.Weighted {
 		l.byAccount[account] = semaphore.NewWeighted(maxAccountExaminers)
 	}
 	return l.byAccount[account]
+}
+
+// goBeside runs f beside the caller, and reports whether it does: a leader that
+// stops begins nothing any more.
+func (l *leader) goBeside(f func()) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return false
+	}
+	l.work.Go(f)
+	return true
 }
 
 // beside runs f beside the caller, unless something with that key is under way.

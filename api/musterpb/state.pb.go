@@ -1828,6 +1828,8 @@ type Stored struct {
 	ManifestOffset int64                  `protobuf:"varint,2,opt,name=manifest_offset,json=manifestOffset,proto3" json:"manifest_offset,omitempty"`
 	ManifestBytes  int64                  `protobuf:"varint,3,opt,name=manifest_bytes,json=manifestBytes,proto3" json:"manifest_bytes,omitempty"`
 	ArchiveOffset  int64                  `protobuf:"varint,4,opt,name=archive_offset,json=archiveOffset,proto3" json:"archive_offset,omitempty"` // Commit.archive_bytes of them
+	LogOffset      int64                  `protobuf:"varint,5,opt,name=log_offset,json=logOffset,proto3" json:"log_offset,omitempty"`
+	LogBytes       int64                  `protobuf:"varint,6,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"` // 0: the log, if there is one, is a blob of its own
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1886,6 +1888,20 @@ func (x *Stored) GetManifestBytes() int64 {
 func (x *Stored) GetArchiveOffset() int64 {
 	if x != nil {
 		return x.ArchiveOffset
+	}
+	return 0
+}
+
+func (x *Stored) GetLogOffset() int64 {
+	if x != nil {
+		return x.LogOffset
+	}
+	return 0
+}
+
+func (x *Stored) GetLogBytes() int64 {
+	if x != nil {
+		return x.LogBytes
 	}
 	return 0
 }
@@ -3472,12 +3488,15 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x04leaf\x18\t \x01(\x04R\x04leaf\x12\x16\n" +
 	"\x06leaves\x18\n" +
 	" \x01(\x04R\x06leaves\x12\x12\n" +
-	"\x04path\x18\v \x03(\fR\x04path\"\x97\x01\n" +
+	"\x04path\x18\v \x03(\fR\x04path\"\xd3\x01\n" +
 	"\x06Stored\x12\x16\n" +
 	"\x06bundle\x18\x01 \x01(\tR\x06bundle\x12'\n" +
 	"\x0fmanifest_offset\x18\x02 \x01(\x03R\x0emanifestOffset\x12%\n" +
 	"\x0emanifest_bytes\x18\x03 \x01(\x03R\rmanifestBytes\x12%\n" +
-	"\x0earchive_offset\x18\x04 \x01(\x03R\rarchiveOffset\"S\n" +
+	"\x0earchive_offset\x18\x04 \x01(\x03R\rarchiveOffset\x12\x1d\n" +
+	"\n" +
+	"log_offset\x18\x05 \x01(\x03R\tlogOffset\x12\x1b\n" +
+	"\tlog_bytes\x18\x06 \x01(\x03R\blogBytes\"S\n" +
 	"\bManifest\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12-\n" +
 	"\x05items\x18\x02 \x03(\v2\x17.muster.v1.ManifestItemR\x05items\"\x82\x02\n" +

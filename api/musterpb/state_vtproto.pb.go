@@ -399,6 +399,8 @@ func (m *Stored) CloneVT() *Stored {
 	r.ManifestOffset = m.ManifestOffset
 	r.ManifestBytes = m.ManifestBytes
 	r.ArchiveOffset = m.ArchiveOffset
+	r.LogOffset = m.LogOffset
+	r.LogBytes = m.LogBytes
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -1558,6 +1560,12 @@ func (this *Stored) EqualVT(that *Stored) bool {
 		return false
 	}
 	if this.ArchiveOffset != that.ArchiveOffset {
+		return false
+	}
+	if this.LogOffset != that.LogOffset {
+		return false
+	}
+	if this.LogBytes != that.LogBytes {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -3770,6 +3778,16 @@ func (m *Stored) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.LogBytes != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.LogBytes))
+		i--
+		dAtA[i] = 0x30
+	}
+	if m.LogOffset != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.LogOffset))
+		i--
+		dAtA[i] = 0x28
+	}
 	if m.ArchiveOffset != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ArchiveOffset))
 		i--
@@ -5748,6 +5766,12 @@ func (m *Stored) SizeVT() (n int) {
 	}
 	if m.ArchiveOffset != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.ArchiveOffset))
+	}
+	if m.LogOffset != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.LogOffset))
+	}
+	if m.LogBytes != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.LogBytes))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -10379,6 +10403,44 @@ func (m *Stored) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.ArchiveOffset |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 5:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field LogOffset", wireType)
+			}
+			m.LogOffset = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.LogOffset |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 6:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field LogBytes", wireType)
+			}
+			m.LogBytes = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.LogBytes |= int64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}

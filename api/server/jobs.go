@@ -268,7 +268,7 @@ func (s *Server) GetResults(ctx context.Context, req *connect.Request[musterpb.G
 		}
 		a := s.State.Attempt(task.Result)
 		out.Results = append(out.Results, &musterpb.TaskResult{
-			Task: n, Attempt: a.Id, ManifestDigest: a.Commit.ManifestDigest, ArchiveDigest: a.Commit.ArchiveDigest, Verified: verified,
+			Task: n, Attempt: a.Id, ManifestDigest: a.Commit.ManifestDigest, ArchiveDigest: a.Commit.ArchiveDigest, ArchiveBytes: a.Commit.ArchiveBytes, Stored: a.Stored, Verified: verified,
 		})
 	}
 	return connect.NewResponse(out), nil
@@ -288,7 +288,7 @@ func (s *Server) GetLogs(ctx context.Context, req *connect.Request[musterpb.GetL
 		if (req.Msg.Attempt != "" && a.Id != req.Msg.Attempt) || a.Check != "" {
 			continue // a check is nothing that the customer runs
 		}
-		log := &musterpb.AttemptLog{Attempt: a.Id, Task: a.Task, Worker: a.Worker, State: a.State, LogDigest: a.LogDigest, Tail: s.Scheduler.LogTail(a.Id)}
+		log := &musterpb.AttemptLog{Attempt: a.Id, Task: a.Task, Worker: a.Worker, State: a.State, LogDigest: a.LogDigest, Stored: a.Stored, Tail: s.Scheduler.LogTail(a.Id)}
 		if req.Msg.Attempt != "" || log.LogDigest != "" || len(log.Tail) > 0 {
 			out.Logs = append(out.Logs, log)
 		}

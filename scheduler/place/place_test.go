@@ -248,7 +248,7 @@ func TestPlan(t *testing.T) {
 		"the worker that has the image and the inputs": {
 			[]*Worker{worker("a"), with(worker("b"), func(w *Worker) { w.Cached = func(d string) bool { return d == "image" } }),
 				with(worker("c"), func(w *Worker) { w.Cached = func(d string) bool { return d == "image" || d == "in" } })},
-			[]state.Work{tasks(job("j1", func(j *musterpb.Job) { j.Spec.Inputs = []*musterpb.Input{{Digest: "in"}} }), 1)}, "j1/0→c",
+			[]state.Work{tasks(job("j1", func(j *musterpb.Job) { j.Spec.Inputs = []*musterpb.Input{{Digest: "in", SizeBytes: 1 << 30}} }), 1)}, "j1/0→c",
 		},
 		"an owner who failed the task comes last": {
 			[]*Worker{worker("a"), with(worker("b"), func(w *Worker) { w.PriceMicroUsdPerHour = 300_000 })},
@@ -300,7 +300,7 @@ func TestPlan(t *testing.T) {
 		"owners who tried a check come last": {
 			[]*Worker{worker("b", gpu(0, 24*gb, "Ada")), worker("c", gpu(0, 24*gb, "Ada")), worker("d", gpu(0, 24*gb, "Ada"))},
 			[]state.Work{{Job: oneGPU("j1"), Checks: []state.WantedRun{with2(wanted("chk", "Ada/570", 3, a), "owner of b", "owner of d")}}},
-			"chk→c(gpu-0) chk→b(gpu-0) chk→d(gpu-0)",
+			"chk→c(gpu-0) chk→d(gpu-0) chk→b(gpu-0)",
 		},
 		"nothing that nobody pays": {
 			[]*Worker{worker("b", gpu(0, 24*gb, "Ada"))},
