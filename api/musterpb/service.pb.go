@@ -129,6 +129,7 @@ type GetJobRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Job           string                 `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
 	Detail        bool                   `protobuf:"varint,2,opt,name=detail,proto3" json:"detail,omitempty"` // with attempts and checks
+	After         uint64                 `protobuf:"varint,3,opt,name=after,proto3" json:"after,omitempty"`   // page of the detail: as many attempts are left out
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -177,11 +178,22 @@ func (x *GetJobRequest) GetDetail() bool {
 	return false
 }
 
+func (x *GetJobRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+// GetJobResponse has a part of the attempts where there are many, each with its
+// check. In a watch, all but the first leave out what does not change: the
+// job's specification and its permutation key.
 type GetJobResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Job           *Job                   `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
 	Attempts      []*Attempt             `protobuf:"bytes,2,rep,name=attempts,proto3" json:"attempts,omitempty"`
 	Checks        []*Check               `protobuf:"bytes,3,rep,name=checks,proto3" json:"checks,omitempty"`
+	Next          uint64                 `protobuf:"varint,4,opt,name=next,proto3" json:"next,omitempty"` // after of the next page; 0: that was all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -237,10 +249,18 @@ func (x *GetJobResponse) GetChecks() []*Check {
 	return nil
 }
 
+func (x *GetJobResponse) GetNext() uint64 {
+	if x != nil {
+		return x.Next
+	}
+	return 0
+}
+
 type ListJobsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Account       string                 `protobuf:"bytes,1,opt,name=account,proto3" json:"account,omitempty"` // admins: empty is all
 	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`    // newest first; 0 is 100, at most 1000
+	Before        uint64                 `protobuf:"varint,3,opt,name=before,proto3" json:"before,omitempty"`  // page: jobs submitted before the one with this sequence; 0: from the newest on
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -285,6 +305,13 @@ func (x *ListJobsRequest) GetAccount() string {
 func (x *ListJobsRequest) GetLimit() uint32 {
 	if x != nil {
 		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListJobsRequest) GetBefore() uint64 {
+	if x != nil {
+		return x.Before
 	}
 	return 0
 }
@@ -837,6 +864,7 @@ type GetLogsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Job           string                 `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
 	Attempt       string                 `protobuf:"bytes,2,opt,name=attempt,proto3" json:"attempt,omitempty"` // empty: every attempt of the job that has a log
+	After         uint64                 `protobuf:"varint,3,opt,name=after,proto3" json:"after,omitempty"`    // page: as many attempts are left out
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -885,9 +913,17 @@ func (x *GetLogsRequest) GetAttempt() string {
 	return ""
 }
 
+func (x *GetLogsRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
 type GetLogsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Logs          []*AttemptLog          `protobuf:"bytes,1,rep,name=logs,proto3" json:"logs,omitempty"`
+	Next          uint64                 `protobuf:"varint,2,opt,name=next,proto3" json:"next,omitempty"` // after of the next page; 0: that was all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -927,6 +963,13 @@ func (x *GetLogsResponse) GetLogs() []*AttemptLog {
 		return x.Logs
 	}
 	return nil
+}
+
+func (x *GetLogsResponse) GetNext() uint64 {
+	if x != nil {
+		return x.Next
+	}
+	return 0
 }
 
 type AttemptLog struct {
@@ -3397,17 +3440,20 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x04spec\x18\x02 \x01(\v2\x12.muster.v1.JobSpecR\x04spec\x12\x18\n" +
 	"\aaccount\x18\x03 \x01(\tR\aaccount\"%\n" +
 	"\x11SubmitJobResponse\x12\x10\n" +
-	"\x03job\x18\x01 \x01(\tR\x03job\"9\n" +
+	"\x03job\x18\x01 \x01(\tR\x03job\"O\n" +
 	"\rGetJobRequest\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x16\n" +
-	"\x06detail\x18\x02 \x01(\bR\x06detail\"\x8c\x01\n" +
+	"\x06detail\x18\x02 \x01(\bR\x06detail\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\x04R\x05after\"\xa0\x01\n" +
 	"\x0eGetJobResponse\x12 \n" +
 	"\x03job\x18\x01 \x01(\v2\x0e.muster.v1.JobR\x03job\x12.\n" +
 	"\battempts\x18\x02 \x03(\v2\x12.muster.v1.AttemptR\battempts\x12(\n" +
-	"\x06checks\x18\x03 \x03(\v2\x10.muster.v1.CheckR\x06checks\"A\n" +
+	"\x06checks\x18\x03 \x03(\v2\x10.muster.v1.CheckR\x06checks\x12\x12\n" +
+	"\x04next\x18\x04 \x01(\x04R\x04next\"Y\n" +
 	"\x0fListJobsRequest\x12\x18\n" +
 	"\aaccount\x18\x01 \x01(\tR\aaccount\x12\x14\n" +
-	"\x05limit\x18\x02 \x01(\rR\x05limit\"6\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x16\n" +
+	"\x06before\x18\x03 \x01(\x04R\x06before\"6\n" +
 	"\x10ListJobsResponse\x12\"\n" +
 	"\x04jobs\x18\x01 \x03(\v2\x0e.muster.v1.JobR\x04jobs\"$\n" +
 	"\x10CancelJobRequest\x12\x10\n" +
@@ -3442,12 +3488,14 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x0earchive_digest\x18\x04 \x01(\tR\rarchiveDigest\x12\x1a\n" +
 	"\bverified\x18\x05 \x01(\bR\bverified\x12)\n" +
 	"\x06stored\x18\x06 \x01(\v2\x11.muster.v1.StoredR\x06stored\x12#\n" +
-	"\rarchive_bytes\x18\a \x01(\x03R\farchiveBytes\"<\n" +
+	"\rarchive_bytes\x18\a \x01(\x03R\farchiveBytes\"R\n" +
 	"\x0eGetLogsRequest\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x18\n" +
-	"\aattempt\x18\x02 \x01(\tR\aattempt\"<\n" +
+	"\aattempt\x18\x02 \x01(\tR\aattempt\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\x04R\x05after\"P\n" +
 	"\x0fGetLogsResponse\x12)\n" +
-	"\x04logs\x18\x01 \x03(\v2\x15.muster.v1.AttemptLogR\x04logs\"\xb4\x01\n" +
+	"\x04logs\x18\x01 \x03(\v2\x15.muster.v1.AttemptLogR\x04logs\x12\x12\n" +
+	"\x04next\x18\x02 \x01(\x04R\x04next\"\xb4\x01\n" +
 	"\n" +
 	"AttemptLog\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12\x12\n" +

@@ -62,6 +62,7 @@ func (m *GetJobRequest) CloneVT() *GetJobRequest {
 	r := new(GetJobRequest)
 	r.Job = m.Job
 	r.Detail = m.Detail
+	r.After = m.After
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -79,6 +80,7 @@ func (m *GetJobResponse) CloneVT() *GetJobResponse {
 	}
 	r := new(GetJobResponse)
 	r.Job = m.Job.CloneVT()
+	r.Next = m.Next
 	if rhs := m.Attempts; rhs != nil {
 		tmpContainer := make([]*Attempt, len(rhs))
 		for k, v := range rhs {
@@ -111,6 +113,7 @@ func (m *ListJobsRequest) CloneVT() *ListJobsRequest {
 	r := new(ListJobsRequest)
 	r.Account = m.Account
 	r.Limit = m.Limit
+	r.Before = m.Before
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -330,6 +333,7 @@ func (m *GetLogsRequest) CloneVT() *GetLogsRequest {
 	r := new(GetLogsRequest)
 	r.Job = m.Job
 	r.Attempt = m.Attempt
+	r.After = m.After
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -346,6 +350,7 @@ func (m *GetLogsResponse) CloneVT() *GetLogsResponse {
 		return (*GetLogsResponse)(nil)
 	}
 	r := new(GetLogsResponse)
+	r.Next = m.Next
 	if rhs := m.Logs; rhs != nil {
 		tmpContainer := make([]*AttemptLog, len(rhs))
 		for k, v := range rhs {
@@ -1386,6 +1391,9 @@ func (this *GetJobRequest) EqualVT(that *GetJobRequest) bool {
 	if this.Detail != that.Detail {
 		return false
 	}
+	if this.After != that.After {
+		return false
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
@@ -1439,6 +1447,9 @@ func (this *GetJobResponse) EqualVT(that *GetJobResponse) bool {
 			}
 		}
 	}
+	if this.Next != that.Next {
+		return false
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
@@ -1459,6 +1470,9 @@ func (this *ListJobsRequest) EqualVT(that *ListJobsRequest) bool {
 		return false
 	}
 	if this.Limit != that.Limit {
+		return false
+	}
+	if this.Before != that.Before {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -1754,6 +1768,9 @@ func (this *GetLogsRequest) EqualVT(that *GetLogsRequest) bool {
 	if this.Attempt != that.Attempt {
 		return false
 	}
+	if this.After != that.After {
+		return false
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
@@ -1786,6 +1803,9 @@ func (this *GetLogsResponse) EqualVT(that *GetLogsResponse) bool {
 				return false
 			}
 		}
+	}
+	if this.Next != that.Next {
+		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
@@ -3350,6 +3370,11 @@ func (m *GetJobRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.After != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.After))
+		i--
+		dAtA[i] = 0x18
+	}
 	if m.Detail {
 		i--
 		if m.Detail {
@@ -3399,6 +3424,11 @@ func (m *GetJobResponse) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.Next != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Next))
+		i--
+		dAtA[i] = 0x20
 	}
 	if len(m.Checks) > 0 {
 		for iNdEx := len(m.Checks) - 1; iNdEx >= 0; iNdEx-- {
@@ -3466,6 +3496,11 @@ func (m *ListJobsRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.Before != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Before))
+		i--
+		dAtA[i] = 0x18
 	}
 	if m.Limit != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Limit))
@@ -4011,6 +4046,11 @@ func (m *GetLogsRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.After != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.After))
+		i--
+		dAtA[i] = 0x18
+	}
 	if len(m.Attempt) > 0 {
 		i -= len(m.Attempt)
 		copy(dAtA[i:], m.Attempt)
@@ -4057,6 +4097,11 @@ func (m *GetLogsResponse) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.Next != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Next))
+		i--
+		dAtA[i] = 0x10
 	}
 	if len(m.Logs) > 0 {
 		for iNdEx := len(m.Logs) - 1; iNdEx >= 0; iNdEx-- {
@@ -6476,6 +6521,9 @@ func (m *GetJobRequest) SizeVT() (n int) {
 	if m.Detail {
 		n += 2
 	}
+	if m.After != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.After))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -6502,6 +6550,9 @@ func (m *GetJobResponse) SizeVT() (n int) {
 			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 		}
 	}
+	if m.Next != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Next))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -6518,6 +6569,9 @@ func (m *ListJobsRequest) SizeVT() (n int) {
 	}
 	if m.Limit != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.Limit))
+	}
+	if m.Before != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Before))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -6725,6 +6779,9 @@ func (m *GetLogsRequest) SizeVT() (n int) {
 	if l > 0 {
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
+	if m.After != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.After))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -6740,6 +6797,9 @@ func (m *GetLogsResponse) SizeVT() (n int) {
 			l = e.SizeVT()
 			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 		}
+	}
+	if m.Next != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Next))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -8024,6 +8084,25 @@ func (m *GetJobRequest) UnmarshalVT(dAtA []byte) error {
 				}
 			}
 			m.Detail = bool(v != 0)
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field After", wireType)
+			}
+			m.After = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.After |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -8179,6 +8258,25 @@ func (m *GetJobResponse) UnmarshalVT(dAtA []byte) error {
 				return err
 			}
 			iNdEx = postIndex
+		case 4:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Next", wireType)
+			}
+			m.Next = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Next |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -8277,6 +8375,25 @@ func (m *ListJobsRequest) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.Limit |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Before", wireType)
+			}
+			m.Before = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Before |= uint64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
@@ -9524,6 +9641,25 @@ func (m *GetLogsRequest) UnmarshalVT(dAtA []byte) error {
 			}
 			m.Attempt = string(dAtA[iNdEx:postIndex])
 			iNdEx = postIndex
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field After", wireType)
+			}
+			m.After = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.After |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -9609,6 +9745,25 @@ func (m *GetLogsResponse) UnmarshalVT(dAtA []byte) error {
 				return err
 			}
 			iNdEx = postIndex
+		case 2:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Next", wireType)
+			}
+			m.Next = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Next |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
