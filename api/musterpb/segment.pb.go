@@ -21,14 +21,15 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// SealedJob is a job and where its parts are, in frames of their own kinds. A
-// job's frame numbers count from the base of the frame that holds the job.
+// SealedJob is a job and where its parts are, in frames of their own kinds, all
+// in order of the tasks. A job's frame numbers count from the base of the frame
+// that holds the job.
 type SealedJob struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Job           *Job                   `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
-	Attempts      *SealedRun             `protobuf:"bytes,2,opt,name=attempts,proto3" json:"attempts,omitempty"` // in order of placement
-	Checks        *SealedRun             `protobuf:"bytes,3,opt,name=checks,proto3" json:"checks,omitempty"`     // in order of their targets
-	Tasks         *SealedRun             `protobuf:"bytes,4,opt,name=tasks,proto3" json:"tasks,omitempty"`       // by number
+	Tasks         *SealedRun             `protobuf:"bytes,2,opt,name=tasks,proto3" json:"tasks,omitempty"`
+	Attempts      *SealedRun             `protobuf:"bytes,3,opt,name=attempts,proto3" json:"attempts,omitempty"`
+	Checks        *SealedRun             `protobuf:"bytes,4,opt,name=checks,proto3" json:"checks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -70,6 +71,13 @@ func (x *SealedJob) GetJob() *Job {
 	return nil
 }
 
+func (x *SealedJob) GetTasks() *SealedRun {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
 func (x *SealedJob) GetAttempts() *SealedRun {
 	if x != nil {
 		return x.Attempts
@@ -80,13 +88,6 @@ func (x *SealedJob) GetAttempts() *SealedRun {
 func (x *SealedJob) GetChecks() *SealedRun {
 	if x != nil {
 		return x.Checks
-	}
-	return nil
-}
-
-func (x *SealedJob) GetTasks() *SealedRun {
-	if x != nil {
-		return x.Tasks
 	}
 	return nil
 }
@@ -161,69 +162,17 @@ func (x *SealedRun) GetRecords() uint64 {
 	return 0
 }
 
-type SealedTask struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
-	Result        uint64                 `protobuf:"varint,2,opt,name=result,proto3" json:"result,omitempty"` // 1 + the position of its result among the job's attempts; 0: none
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *SealedTask) Reset() {
-	*x = SealedTask{}
-	mi := &file_muster_v1_segment_proto_msgTypes[2]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *SealedTask) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*SealedTask) ProtoMessage() {}
-
-func (x *SealedTask) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_segment_proto_msgTypes[2]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use SealedTask.ProtoReflect.Descriptor instead.
-func (*SealedTask) Descriptor() ([]byte, []int) {
-	return file_muster_v1_segment_proto_rawDescGZIP(), []int{2}
-}
-
-func (x *SealedTask) GetTask() *Task {
-	if x != nil {
-		return x.Task
-	}
-	return nil
-}
-
-func (x *SealedTask) GetResult() uint64 {
-	if x != nil {
-		return x.Result
-	}
-	return 0
-}
-
 type SealedCheck struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Check         *Check                 `protobuf:"bytes,1,opt,name=check,proto3" json:"check,omitempty"`
-	Target        uint64                 `protobuf:"varint,2,opt,name=target,proto3" json:"target,omitempty"` // position among the job's attempts
+	Task          uint32                 `protobuf:"varint,2,opt,name=task,proto3" json:"task,omitempty"` // whose result it is about
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SealedCheck) Reset() {
 	*x = SealedCheck{}
-	mi := &file_muster_v1_segment_proto_msgTypes[3]
+	mi := &file_muster_v1_segment_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -235,7 +184,7 @@ func (x *SealedCheck) String() string {
 func (*SealedCheck) ProtoMessage() {}
 
 func (x *SealedCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_segment_proto_msgTypes[3]
+	mi := &file_muster_v1_segment_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -248,7 +197,7 @@ func (x *SealedCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedCheck.ProtoReflect.Descriptor instead.
 func (*SealedCheck) Descriptor() ([]byte, []int) {
-	return file_muster_v1_segment_proto_rawDescGZIP(), []int{3}
+	return file_muster_v1_segment_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *SealedCheck) GetCheck() *Check {
@@ -258,9 +207,9 @@ func (x *SealedCheck) GetCheck() *Check {
 	return nil
 }
 
-func (x *SealedCheck) GetTarget() uint64 {
+func (x *SealedCheck) GetTask() uint32 {
 	if x != nil {
-		return x.Target
+		return x.Task
 	}
 	return 0
 }
@@ -275,7 +224,7 @@ type SealedTransfer struct {
 
 func (x *SealedTransfer) Reset() {
 	*x = SealedTransfer{}
-	mi := &file_muster_v1_segment_proto_msgTypes[4]
+	mi := &file_muster_v1_segment_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -287,7 +236,7 @@ func (x *SealedTransfer) String() string {
 func (*SealedTransfer) ProtoMessage() {}
 
 func (x *SealedTransfer) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_segment_proto_msgTypes[4]
+	mi := &file_muster_v1_segment_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -300,7 +249,7 @@ func (x *SealedTransfer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedTransfer.ProtoReflect.Descriptor instead.
 func (*SealedTransfer) Descriptor() ([]byte, []int) {
-	return file_muster_v1_segment_proto_rawDescGZIP(), []int{4}
+	return file_muster_v1_segment_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *SealedTransfer) GetTransfer() *Transfer {
@@ -326,18 +275,18 @@ type SealedFrames struct {
 	RawLength     []uint32               `protobuf:"varint,3,rep,packed,name=raw_length,json=rawLength,proto3" json:"raw_length,omitempty"`
 	Crc           []uint32               `protobuf:"fixed32,4,rep,packed,name=crc,proto3" json:"crc,omitempty"` // CRC-32C of the compressed bytes
 	Records       []uint64               `protobuf:"varint,5,rep,packed,name=records,proto3" json:"records,omitempty"`
-	First         []uint64               `protobuf:"varint,6,rep,packed,name=first,proto3" json:"first,omitempty"`       // key of the first record; what it is depends on the kind
-	Second        []uint64               `protobuf:"varint,7,rep,packed,name=second,proto3" json:"second,omitempty"`     // listings: sequence of the first job
-	Attempts      []uint32               `protobuf:"varint,8,rep,packed,name=attempts,proto3" json:"attempts,omitempty"` // jobs: base of the numbers of their frames
-	Checks        []uint32               `protobuf:"varint,9,rep,packed,name=checks,proto3" json:"checks,omitempty"`
-	Tasks         []uint32               `protobuf:"varint,10,rep,packed,name=tasks,proto3" json:"tasks,omitempty"`
+	First         []uint64               `protobuf:"varint,6,rep,packed,name=first,proto3" json:"first,omitempty"`   // key of the first record; what it is depends on the kind
+	Second        []uint64               `protobuf:"varint,7,rep,packed,name=second,proto3" json:"second,omitempty"` // listings: sequence of the first job
+	Tasks         []uint32               `protobuf:"varint,8,rep,packed,name=tasks,proto3" json:"tasks,omitempty"`   // jobs: base of the numbers of their frames
+	Attempts      []uint32               `protobuf:"varint,9,rep,packed,name=attempts,proto3" json:"attempts,omitempty"`
+	Checks        []uint32               `protobuf:"varint,10,rep,packed,name=checks,proto3" json:"checks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SealedFrames) Reset() {
 	*x = SealedFrames{}
-	mi := &file_muster_v1_segment_proto_msgTypes[5]
+	mi := &file_muster_v1_segment_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -349,7 +298,7 @@ func (x *SealedFrames) String() string {
 func (*SealedFrames) ProtoMessage() {}
 
 func (x *SealedFrames) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_segment_proto_msgTypes[5]
+	mi := &file_muster_v1_segment_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -362,7 +311,7 @@ func (x *SealedFrames) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedFrames.ProtoReflect.Descriptor instead.
 func (*SealedFrames) Descriptor() ([]byte, []int) {
-	return file_muster_v1_segment_proto_rawDescGZIP(), []int{5}
+	return file_muster_v1_segment_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *SealedFrames) GetOffset() []uint64 {
@@ -414,6 +363,13 @@ func (x *SealedFrames) GetSecond() []uint64 {
 	return nil
 }
 
+func (x *SealedFrames) GetTasks() []uint32 {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
 func (x *SealedFrames) GetAttempts() []uint32 {
 	if x != nil {
 		return x.Attempts
@@ -424,13 +380,6 @@ func (x *SealedFrames) GetAttempts() []uint32 {
 func (x *SealedFrames) GetChecks() []uint32 {
 	if x != nil {
 		return x.Checks
-	}
-	return nil
-}
-
-func (x *SealedFrames) GetTasks() []uint32 {
-	if x != nil {
-		return x.Tasks
 	}
 	return nil
 }
@@ -448,7 +397,7 @@ type SealedEntries struct {
 
 func (x *SealedEntries) Reset() {
 	*x = SealedEntries{}
-	mi := &file_muster_v1_segment_proto_msgTypes[6]
+	mi := &file_muster_v1_segment_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -460,7 +409,7 @@ func (x *SealedEntries) String() string {
 func (*SealedEntries) ProtoMessage() {}
 
 func (x *SealedEntries) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_segment_proto_msgTypes[6]
+	mi := &file_muster_v1_segment_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -473,7 +422,7 @@ func (x *SealedEntries) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedEntries.ProtoReflect.Descriptor instead.
 func (*SealedEntries) Descriptor() ([]byte, []int) {
-	return file_muster_v1_segment_proto_rawDescGZIP(), []int{6}
+	return file_muster_v1_segment_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SealedEntries) GetSequence() []uint64 {
@@ -514,7 +463,7 @@ type SealedFilter struct {
 
 func (x *SealedFilter) Reset() {
 	*x = SealedFilter{}
-	mi := &file_muster_v1_segment_proto_msgTypes[7]
+	mi := &file_muster_v1_segment_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -526,7 +475,7 @@ func (x *SealedFilter) String() string {
 func (*SealedFilter) ProtoMessage() {}
 
 func (x *SealedFilter) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_segment_proto_msgTypes[7]
+	mi := &file_muster_v1_segment_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -539,7 +488,7 @@ func (x *SealedFilter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedFilter.ProtoReflect.Descriptor instead.
 func (*SealedFilter) Descriptor() ([]byte, []int) {
-	return file_muster_v1_segment_proto_rawDescGZIP(), []int{7}
+	return file_muster_v1_segment_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SealedFilter) GetSteps() []uint32 {
@@ -559,7 +508,7 @@ type SealedAccounts struct {
 
 func (x *SealedAccounts) Reset() {
 	*x = SealedAccounts{}
-	mi := &file_muster_v1_segment_proto_msgTypes[8]
+	mi := &file_muster_v1_segment_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -571,7 +520,7 @@ func (x *SealedAccounts) String() string {
 func (*SealedAccounts) ProtoMessage() {}
 
 func (x *SealedAccounts) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_segment_proto_msgTypes[8]
+	mi := &file_muster_v1_segment_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -584,7 +533,7 @@ func (x *SealedAccounts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedAccounts.ProtoReflect.Descriptor instead.
 func (*SealedAccounts) Descriptor() ([]byte, []int) {
-	return file_muster_v1_segment_proto_rawDescGZIP(), []int{8}
+	return file_muster_v1_segment_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SealedAccounts) GetHash() []uint64 {
@@ -615,7 +564,7 @@ type SealedFooter struct {
 
 func (x *SealedFooter) Reset() {
 	*x = SealedFooter{}
-	mi := &file_muster_v1_segment_proto_msgTypes[9]
+	mi := &file_muster_v1_segment_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -627,7 +576,7 @@ func (x *SealedFooter) String() string {
 func (*SealedFooter) ProtoMessage() {}
 
 func (x *SealedFooter) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_segment_proto_msgTypes[9]
+	mi := &file_muster_v1_segment_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -640,7 +589,7 @@ func (x *SealedFooter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedFooter.ProtoReflect.Descriptor instead.
 func (*SealedFooter) Descriptor() ([]byte, []int) {
-	return file_muster_v1_segment_proto_rawDescGZIP(), []int{9}
+	return file_muster_v1_segment_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SealedFooter) GetSections() []*SealedSection {
@@ -748,7 +697,7 @@ type SealedSection struct {
 
 func (x *SealedSection) Reset() {
 	*x = SealedSection{}
-	mi := &file_muster_v1_segment_proto_msgTypes[10]
+	mi := &file_muster_v1_segment_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -760,7 +709,7 @@ func (x *SealedSection) String() string {
 func (*SealedSection) ProtoMessage() {}
 
 func (x *SealedSection) ProtoReflect() protoreflect.Message {
-	mi := &file_muster_v1_segment_proto_msgTypes[10]
+	mi := &file_muster_v1_segment_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -773,7 +722,7 @@ func (x *SealedSection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedSection.ProtoReflect.Descriptor instead.
 func (*SealedSection) Descriptor() ([]byte, []int) {
-	return file_muster_v1_segment_proto_rawDescGZIP(), []int{10}
+	return file_muster_v1_segment_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SealedSection) GetKind() uint32 {
@@ -817,22 +766,18 @@ const file_muster_v1_segment_proto_rawDesc = "" +
 	"\n" +
 	"\x17muster/v1/segment.proto\x12\tmuster.v1\x1a\x15muster/v1/state.proto\"\xb9\x01\n" +
 	"\tSealedJob\x12 \n" +
-	"\x03job\x18\x01 \x01(\v2\x0e.muster.v1.JobR\x03job\x120\n" +
-	"\battempts\x18\x02 \x01(\v2\x14.muster.v1.SealedRunR\battempts\x12,\n" +
-	"\x06checks\x18\x03 \x01(\v2\x14.muster.v1.SealedRunR\x06checks\x12*\n" +
-	"\x05tasks\x18\x04 \x01(\v2\x14.muster.v1.SealedRunR\x05tasks\"k\n" +
+	"\x03job\x18\x01 \x01(\v2\x0e.muster.v1.JobR\x03job\x12*\n" +
+	"\x05tasks\x18\x02 \x01(\v2\x14.muster.v1.SealedRunR\x05tasks\x120\n" +
+	"\battempts\x18\x03 \x01(\v2\x14.muster.v1.SealedRunR\battempts\x12,\n" +
+	"\x06checks\x18\x04 \x01(\v2\x14.muster.v1.SealedRunR\x06checks\"k\n" +
 	"\tSealedRun\x12\x14\n" +
 	"\x05frame\x18\x01 \x01(\rR\x05frame\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\rR\x06offset\x12\x16\n" +
 	"\x06frames\x18\x03 \x01(\rR\x06frames\x12\x18\n" +
 	"\arecords\x18\x04 \x01(\x04R\arecords\"I\n" +
-	"\n" +
-	"SealedTask\x12#\n" +
-	"\x04task\x18\x01 \x01(\v2\x0f.muster.v1.TaskR\x04task\x12\x16\n" +
-	"\x06result\x18\x02 \x01(\x04R\x06result\"M\n" +
 	"\vSealedCheck\x12&\n" +
-	"\x05check\x18\x01 \x01(\v2\x10.muster.v1.CheckR\x05check\x12\x16\n" +
-	"\x06target\x18\x02 \x01(\x04R\x06target\"[\n" +
+	"\x05check\x18\x01 \x01(\v2\x10.muster.v1.CheckR\x05check\x12\x12\n" +
+	"\x04task\x18\x02 \x01(\rR\x04task\"[\n" +
 	"\x0eSealedTransfer\x12/\n" +
 	"\btransfer\x18\x01 \x01(\v2\x13.muster.v1.TransferR\btransfer\x12\x18\n" +
 	"\aaccount\x18\x02 \x01(\tR\aaccount\"\x81\x02\n" +
@@ -844,11 +789,11 @@ const file_muster_v1_segment_proto_rawDesc = "" +
 	"\x03crc\x18\x04 \x03(\aR\x03crc\x12\x18\n" +
 	"\arecords\x18\x05 \x03(\x04R\arecords\x12\x14\n" +
 	"\x05first\x18\x06 \x03(\x04R\x05first\x12\x16\n" +
-	"\x06second\x18\a \x03(\x04R\x06second\x12\x1a\n" +
-	"\battempts\x18\b \x03(\rR\battempts\x12\x16\n" +
-	"\x06checks\x18\t \x03(\rR\x06checks\x12\x14\n" +
-	"\x05tasks\x18\n" +
-	" \x03(\rR\x05tasks\"s\n" +
+	"\x06second\x18\a \x03(\x04R\x06second\x12\x14\n" +
+	"\x05tasks\x18\b \x03(\rR\x05tasks\x12\x1a\n" +
+	"\battempts\x18\t \x03(\rR\battempts\x12\x16\n" +
+	"\x06checks\x18\n" +
+	" \x03(\rR\x06checks\"s\n" +
 	"\rSealedEntries\x12\x1a\n" +
 	"\bsequence\x18\x01 \x03(\x04R\bsequence\x12\x18\n" +
 	"\aaccount\x18\x02 \x03(\x06R\aaccount\x12\x14\n" +
@@ -896,38 +841,35 @@ func file_muster_v1_segment_proto_rawDescGZIP() []byte {
 	return file_muster_v1_segment_proto_rawDescData
 }
 
-var file_muster_v1_segment_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_muster_v1_segment_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_muster_v1_segment_proto_goTypes = []any{
 	(*SealedJob)(nil),      // 0: muster.v1.SealedJob
 	(*SealedRun)(nil),      // 1: muster.v1.SealedRun
-	(*SealedTask)(nil),     // 2: muster.v1.SealedTask
-	(*SealedCheck)(nil),    // 3: muster.v1.SealedCheck
-	(*SealedTransfer)(nil), // 4: muster.v1.SealedTransfer
-	(*SealedFrames)(nil),   // 5: muster.v1.SealedFrames
-	(*SealedEntries)(nil),  // 6: muster.v1.SealedEntries
-	(*SealedFilter)(nil),   // 7: muster.v1.SealedFilter
-	(*SealedAccounts)(nil), // 8: muster.v1.SealedAccounts
-	(*SealedFooter)(nil),   // 9: muster.v1.SealedFooter
-	(*SealedSection)(nil),  // 10: muster.v1.SealedSection
-	(*Job)(nil),            // 11: muster.v1.Job
-	(*Task)(nil),           // 12: muster.v1.Task
-	(*Check)(nil),          // 13: muster.v1.Check
-	(*Transfer)(nil),       // 14: muster.v1.Transfer
+	(*SealedCheck)(nil),    // 2: muster.v1.SealedCheck
+	(*SealedTransfer)(nil), // 3: muster.v1.SealedTransfer
+	(*SealedFrames)(nil),   // 4: muster.v1.SealedFrames
+	(*SealedEntries)(nil),  // 5: muster.v1.SealedEntries
+	(*SealedFilter)(nil),   // 6: muster.v1.SealedFilter
+	(*SealedAccounts)(nil), // 7: muster.v1.SealedAccounts
+	(*SealedFooter)(nil),   // 8: muster.v1.SealedFooter
+	(*SealedSection)(nil),  // 9: muster.v1.SealedSection
+	(*Job)(nil),            // 10: muster.v1.Job
+	(*Check)(nil),          // 11: muster.v1.Check
+	(*Transfer)(nil),       // 12: muster.v1.Transfer
 }
 var file_muster_v1_segment_proto_depIdxs = []int32{
-	11, // 0: muster.v1.SealedJob.job:type_name -> muster.v1.Job
-	1,  // 1: muster.v1.SealedJob.attempts:type_name -> muster.v1.SealedRun
-	1,  // 2: muster.v1.SealedJob.checks:type_name -> muster.v1.SealedRun
-	1,  // 3: muster.v1.SealedJob.tasks:type_name -> muster.v1.SealedRun
-	12, // 4: muster.v1.SealedTask.task:type_name -> muster.v1.Task
-	13, // 5: muster.v1.SealedCheck.check:type_name -> muster.v1.Check
-	14, // 6: muster.v1.SealedTransfer.transfer:type_name -> muster.v1.Transfer
-	10, // 7: muster.v1.SealedFooter.sections:type_name -> muster.v1.SealedSection
-	8,  // [8:8] is the sub-list for method output_type
-	8,  // [8:8] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	10, // 0: muster.v1.SealedJob.job:type_name -> muster.v1.Job
+	1,  // 1: muster.v1.SealedJob.tasks:type_name -> muster.v1.SealedRun
+	1,  // 2: muster.v1.SealedJob.attempts:type_name -> muster.v1.SealedRun
+	1,  // 3: muster.v1.SealedJob.checks:type_name -> muster.v1.SealedRun
+	11, // 4: muster.v1.SealedCheck.check:type_name -> muster.v1.Check
+	12, // 5: muster.v1.SealedTransfer.transfer:type_name -> muster.v1.Transfer
+	9,  // 6: muster.v1.SealedFooter.sections:type_name -> muster.v1.SealedSection
+	7,  // [7:7] is the sub-list for method output_type
+	7,  // [7:7] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_muster_v1_segment_proto_init() }
@@ -942,7 +884,7 @@ func file_muster_v1_segment_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_muster_v1_segment_proto_rawDesc), len(file_muster_v1_segment_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

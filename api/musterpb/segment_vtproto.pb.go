@@ -26,9 +26,9 @@ func (m *SealedJob) CloneVT() *SealedJob {
 	}
 	r := new(SealedJob)
 	r.Job = m.Job.CloneVT()
+	r.Tasks = m.Tasks.CloneVT()
 	r.Attempts = m.Attempts.CloneVT()
 	r.Checks = m.Checks.CloneVT()
-	r.Tasks = m.Tasks.CloneVT()
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -60,31 +60,13 @@ func (m *SealedRun) CloneMessageVT() proto.Message {
 	return m.CloneVT()
 }
 
-func (m *SealedTask) CloneVT() *SealedTask {
-	if m == nil {
-		return (*SealedTask)(nil)
-	}
-	r := new(SealedTask)
-	r.Task = m.Task.CloneVT()
-	r.Result = m.Result
-	if len(m.unknownFields) > 0 {
-		r.unknownFields = make([]byte, len(m.unknownFields))
-		copy(r.unknownFields, m.unknownFields)
-	}
-	return r
-}
-
-func (m *SealedTask) CloneMessageVT() proto.Message {
-	return m.CloneVT()
-}
-
 func (m *SealedCheck) CloneVT() *SealedCheck {
 	if m == nil {
 		return (*SealedCheck)(nil)
 	}
 	r := new(SealedCheck)
 	r.Check = m.Check.CloneVT()
-	r.Target = m.Target
+	r.Task = m.Task
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -154,6 +136,11 @@ func (m *SealedFrames) CloneVT() *SealedFrames {
 		copy(tmpContainer, rhs)
 		r.Second = tmpContainer
 	}
+	if rhs := m.Tasks; rhs != nil {
+		tmpContainer := make([]uint32, len(rhs))
+		copy(tmpContainer, rhs)
+		r.Tasks = tmpContainer
+	}
 	if rhs := m.Attempts; rhs != nil {
 		tmpContainer := make([]uint32, len(rhs))
 		copy(tmpContainer, rhs)
@@ -163,11 +150,6 @@ func (m *SealedFrames) CloneVT() *SealedFrames {
 		tmpContainer := make([]uint32, len(rhs))
 		copy(tmpContainer, rhs)
 		r.Checks = tmpContainer
-	}
-	if rhs := m.Tasks; rhs != nil {
-		tmpContainer := make([]uint32, len(rhs))
-		copy(tmpContainer, rhs)
-		r.Tasks = tmpContainer
 	}
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
@@ -323,13 +305,13 @@ func (this *SealedJob) EqualVT(that *SealedJob) bool {
 	if !this.Job.EqualVT(that.Job) {
 		return false
 	}
+	if !this.Tasks.EqualVT(that.Tasks) {
+		return false
+	}
 	if !this.Attempts.EqualVT(that.Attempts) {
 		return false
 	}
 	if !this.Checks.EqualVT(that.Checks) {
-		return false
-	}
-	if !this.Tasks.EqualVT(that.Tasks) {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -370,28 +352,6 @@ func (this *SealedRun) EqualMessageVT(thatMsg proto.Message) bool {
 	}
 	return this.EqualVT(that)
 }
-func (this *SealedTask) EqualVT(that *SealedTask) bool {
-	if this == that {
-		return true
-	} else if this == nil || that == nil {
-		return false
-	}
-	if !this.Task.EqualVT(that.Task) {
-		return false
-	}
-	if this.Result != that.Result {
-		return false
-	}
-	return string(this.unknownFields) == string(that.unknownFields)
-}
-
-func (this *SealedTask) EqualMessageVT(thatMsg proto.Message) bool {
-	that, ok := thatMsg.(*SealedTask)
-	if !ok {
-		return false
-	}
-	return this.EqualVT(that)
-}
 func (this *SealedCheck) EqualVT(that *SealedCheck) bool {
 	if this == that {
 		return true
@@ -401,7 +361,7 @@ func (this *SealedCheck) EqualVT(that *SealedCheck) bool {
 	if !this.Check.EqualVT(that.Check) {
 		return false
 	}
-	if this.Target != that.Target {
+	if this.Task != that.Task {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -505,6 +465,15 @@ func (this *SealedFrames) EqualVT(that *SealedFrames) bool {
 			return false
 		}
 	}
+	if len(this.Tasks) != len(that.Tasks) {
+		return false
+	}
+	for i, vx := range this.Tasks {
+		vy := that.Tasks[i]
+		if vx != vy {
+			return false
+		}
+	}
 	if len(this.Attempts) != len(that.Attempts) {
 		return false
 	}
@@ -519,15 +488,6 @@ func (this *SealedFrames) EqualVT(that *SealedFrames) bool {
 	}
 	for i, vx := range this.Checks {
 		vy := that.Checks[i]
-		if vx != vy {
-			return false
-		}
-	}
-	if len(this.Tasks) != len(that.Tasks) {
-		return false
-	}
-	for i, vx := range this.Tasks {
-		vy := that.Tasks[i]
 		if vx != vy {
 			return false
 		}
@@ -774,16 +734,6 @@ func (m *SealedJob) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
-	if m.Tasks != nil {
-		size, err := m.Tasks.MarshalToSizedBufferVT(dAtA[:i])
-		if err != nil {
-			return 0, err
-		}
-		i -= size
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
-		i--
-		dAtA[i] = 0x22
-	}
 	if m.Checks != nil {
 		size, err := m.Checks.MarshalToSizedBufferVT(dAtA[:i])
 		if err != nil {
@@ -792,10 +742,20 @@ func (m *SealedJob) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= size
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
 		i--
-		dAtA[i] = 0x1a
+		dAtA[i] = 0x22
 	}
 	if m.Attempts != nil {
 		size, err := m.Attempts.MarshalToSizedBufferVT(dAtA[:i])
+		if err != nil {
+			return 0, err
+		}
+		i -= size
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+		i--
+		dAtA[i] = 0x1a
+	}
+	if m.Tasks != nil {
+		size, err := m.Tasks.MarshalToSizedBufferVT(dAtA[:i])
 		if err != nil {
 			return 0, err
 		}
@@ -870,54 +830,6 @@ func (m *SealedRun) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	return len(dAtA) - i, nil
 }
 
-func (m *SealedTask) MarshalVT() (dAtA []byte, err error) {
-	if m == nil {
-		return nil, nil
-	}
-	size := m.SizeVT()
-	dAtA = make([]byte, size)
-	n, err := m.MarshalToSizedBufferVT(dAtA[:size])
-	if err != nil {
-		return nil, err
-	}
-	return dAtA[:n], nil
-}
-
-func (m *SealedTask) MarshalToVT(dAtA []byte) (int, error) {
-	size := m.SizeVT()
-	return m.MarshalToSizedBufferVT(dAtA[:size])
-}
-
-func (m *SealedTask) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
-	if m == nil {
-		return 0, nil
-	}
-	i := len(dAtA)
-	_ = i
-	var l int
-	_ = l
-	if m.unknownFields != nil {
-		i -= len(m.unknownFields)
-		copy(dAtA[i:], m.unknownFields)
-	}
-	if m.Result != 0 {
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Result))
-		i--
-		dAtA[i] = 0x10
-	}
-	if m.Task != nil {
-		size, err := m.Task.MarshalToSizedBufferVT(dAtA[:i])
-		if err != nil {
-			return 0, err
-		}
-		i -= size
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
-		i--
-		dAtA[i] = 0xa
-	}
-	return len(dAtA) - i, nil
-}
-
 func (m *SealedCheck) MarshalVT() (dAtA []byte, err error) {
 	if m == nil {
 		return nil, nil
@@ -948,8 +860,8 @@ func (m *SealedCheck) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
-	if m.Target != 0 {
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Target))
+	if m.Task != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Task))
 		i--
 		dAtA[i] = 0x10
 	}
@@ -1046,14 +958,14 @@ func (m *SealedFrames) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
-	if len(m.Tasks) > 0 {
+	if len(m.Checks) > 0 {
 		var pksize2 int
-		for _, num := range m.Tasks {
+		for _, num := range m.Checks {
 			pksize2 += protohelpers.SizeOfVarint(uint64(num))
 		}
 		i -= pksize2
 		j1 := i
-		for _, num := range m.Tasks {
+		for _, num := range m.Checks {
 			for num >= 1<<7 {
 				dAtA[j1] = uint8(uint64(num)&0x7f | 0x80)
 				num >>= 7
@@ -1066,14 +978,14 @@ func (m *SealedFrames) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i--
 		dAtA[i] = 0x52
 	}
-	if len(m.Checks) > 0 {
+	if len(m.Attempts) > 0 {
 		var pksize4 int
-		for _, num := range m.Checks {
+		for _, num := range m.Attempts {
 			pksize4 += protohelpers.SizeOfVarint(uint64(num))
 		}
 		i -= pksize4
 		j3 := i
-		for _, num := range m.Checks {
+		for _, num := range m.Attempts {
 			for num >= 1<<7 {
 				dAtA[j3] = uint8(uint64(num)&0x7f | 0x80)
 				num >>= 7
@@ -1086,14 +998,14 @@ func (m *SealedFrames) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i--
 		dAtA[i] = 0x4a
 	}
-	if len(m.Attempts) > 0 {
+	if len(m.Tasks) > 0 {
 		var pksize6 int
-		for _, num := range m.Attempts {
+		for _, num := range m.Tasks {
 			pksize6 += protohelpers.SizeOfVarint(uint64(num))
 		}
 		i -= pksize6
 		j5 := i
-		for _, num := range m.Attempts {
+		for _, num := range m.Tasks {
 			for num >= 1<<7 {
 				dAtA[j5] = uint8(uint64(num)&0x7f | 0x80)
 				num >>= 7
@@ -1609,16 +1521,16 @@ func (m *SealedJob) SizeVT() (n int) {
 		l = m.Job.SizeVT()
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
+	if m.Tasks != nil {
+		l = m.Tasks.SizeVT()
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
 	if m.Attempts != nil {
 		l = m.Attempts.SizeVT()
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
 	if m.Checks != nil {
 		l = m.Checks.SizeVT()
-		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
-	}
-	if m.Tasks != nil {
-		l = m.Tasks.SizeVT()
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
 	n += len(m.unknownFields)
@@ -1647,23 +1559,6 @@ func (m *SealedRun) SizeVT() (n int) {
 	return n
 }
 
-func (m *SealedTask) SizeVT() (n int) {
-	if m == nil {
-		return 0
-	}
-	var l int
-	_ = l
-	if m.Task != nil {
-		l = m.Task.SizeVT()
-		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
-	}
-	if m.Result != 0 {
-		n += 1 + protohelpers.SizeOfVarint(uint64(m.Result))
-	}
-	n += len(m.unknownFields)
-	return n
-}
-
 func (m *SealedCheck) SizeVT() (n int) {
 	if m == nil {
 		return 0
@@ -1674,8 +1569,8 @@ func (m *SealedCheck) SizeVT() (n int) {
 		l = m.Check.SizeVT()
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
-	if m.Target != 0 {
-		n += 1 + protohelpers.SizeOfVarint(uint64(m.Target))
+	if m.Task != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Task))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -1750,6 +1645,13 @@ func (m *SealedFrames) SizeVT() (n int) {
 		}
 		n += 1 + protohelpers.SizeOfVarint(uint64(l)) + l
 	}
+	if len(m.Tasks) > 0 {
+		l = 0
+		for _, e := range m.Tasks {
+			l += protohelpers.SizeOfVarint(uint64(e))
+		}
+		n += 1 + protohelpers.SizeOfVarint(uint64(l)) + l
+	}
 	if len(m.Attempts) > 0 {
 		l = 0
 		for _, e := range m.Attempts {
@@ -1760,13 +1662,6 @@ func (m *SealedFrames) SizeVT() (n int) {
 	if len(m.Checks) > 0 {
 		l = 0
 		for _, e := range m.Checks {
-			l += protohelpers.SizeOfVarint(uint64(e))
-		}
-		n += 1 + protohelpers.SizeOfVarint(uint64(l)) + l
-	}
-	if len(m.Tasks) > 0 {
-		l = 0
-		for _, e := range m.Tasks {
 			l += protohelpers.SizeOfVarint(uint64(e))
 		}
 		n += 1 + protohelpers.SizeOfVarint(uint64(l)) + l
@@ -1983,6 +1878,42 @@ func (m *SealedJob) UnmarshalVT(dAtA []byte) error {
 			iNdEx = postIndex
 		case 2:
 			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Tasks", wireType)
+			}
+			var msglen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				msglen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if msglen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + msglen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			if m.Tasks == nil {
+				m.Tasks = &SealedRun{}
+			}
+			if err := m.Tasks.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
+			}
+			iNdEx = postIndex
+		case 3:
+			if wireType != 2 {
 				return fmt.Errorf("proto: wrong wireType = %d for field Attempts", wireType)
 			}
 			var msglen int
@@ -2017,7 +1948,7 @@ func (m *SealedJob) UnmarshalVT(dAtA []byte) error {
 				return err
 			}
 			iNdEx = postIndex
-		case 3:
+		case 4:
 			if wireType != 2 {
 				return fmt.Errorf("proto: wrong wireType = %d for field Checks", wireType)
 			}
@@ -2050,42 +1981,6 @@ func (m *SealedJob) UnmarshalVT(dAtA []byte) error {
 				m.Checks = &SealedRun{}
 			}
 			if err := m.Checks.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-				return err
-			}
-			iNdEx = postIndex
-		case 4:
-			if wireType != 2 {
-				return fmt.Errorf("proto: wrong wireType = %d for field Tasks", wireType)
-			}
-			var msglen int
-			for shift := uint(0); ; shift += 7 {
-				if shift >= 64 {
-					return protohelpers.ErrIntOverflow
-				}
-				if iNdEx >= l {
-					return io.ErrUnexpectedEOF
-				}
-				b := dAtA[iNdEx]
-				iNdEx++
-				msglen |= int(b&0x7F) << shift
-				if b < 0x80 {
-					break
-				}
-			}
-			if msglen < 0 {
-				return protohelpers.ErrInvalidLength
-			}
-			postIndex := iNdEx + msglen
-			if postIndex < 0 {
-				return protohelpers.ErrInvalidLength
-			}
-			if postIndex > l {
-				return io.ErrUnexpectedEOF
-			}
-			if m.Tasks == nil {
-				m.Tasks = &SealedRun{}
-			}
-			if err := m.Tasks.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
 				return err
 			}
 			iNdEx = postIndex
@@ -2238,112 +2133,6 @@ func (m *SealedRun) UnmarshalVT(dAtA []byte) error {
 	}
 	return nil
 }
-func (m *SealedTask) UnmarshalVT(dAtA []byte) error {
-	l := len(dAtA)
-	iNdEx := 0
-	for iNdEx < l {
-		preIndex := iNdEx
-		var wire uint64
-		for shift := uint(0); ; shift += 7 {
-			if shift >= 64 {
-				return protohelpers.ErrIntOverflow
-			}
-			if iNdEx >= l {
-				return io.ErrUnexpectedEOF
-			}
-			b := dAtA[iNdEx]
-			iNdEx++
-			wire |= uint64(b&0x7F) << shift
-			if b < 0x80 {
-				break
-			}
-		}
-		fieldNum := int32(wire >> 3)
-		wireType := int(wire & 0x7)
-		if wireType == 4 {
-			return fmt.Errorf("proto: SealedTask: wiretype end group for non-group")
-		}
-		if fieldNum <= 0 {
-			return fmt.Errorf("proto: SealedTask: illegal tag %d (wire type %d)", fieldNum, wire)
-		}
-		switch fieldNum {
-		case 1:
-			if wireType != 2 {
-				return fmt.Errorf("proto: wrong wireType = %d for field Task", wireType)
-			}
-			var msglen int
-			for shift := uint(0); ; shift += 7 {
-				if shift >= 64 {
-					return protohelpers.ErrIntOverflow
-				}
-				if iNdEx >= l {
-					return io.ErrUnexpectedEOF
-				}
-				b := dAtA[iNdEx]
-				iNdEx++
-				msglen |= int(b&0x7F) << shift
-				if b < 0x80 {
-					break
-				}
-			}
-			if msglen < 0 {
-				return protohelpers.ErrInvalidLength
-			}
-			postIndex := iNdEx + msglen
-			if postIndex < 0 {
-				return protohelpers.ErrInvalidLength
-			}
-			if postIndex > l {
-				return io.ErrUnexpectedEOF
-			}
-			if m.Task == nil {
-				m.Task = &Task{}
-			}
-			if err := m.Task.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
-				return err
-			}
-			iNdEx = postIndex
-		case 2:
-			if wireType != 0 {
-				return fmt.Errorf("proto: wrong wireType = %d for field Result", wireType)
-			}
-			m.Result = 0
-			for shift := uint(0); ; shift += 7 {
-				if shift >= 64 {
-					return protohelpers.ErrIntOverflow
-				}
-				if iNdEx >= l {
-					return io.ErrUnexpectedEOF
-				}
-				b := dAtA[iNdEx]
-				iNdEx++
-				m.Result |= uint64(b&0x7F) << shift
-				if b < 0x80 {
-					break
-				}
-			}
-		default:
-			iNdEx = preIndex
-			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
-			if err != nil {
-				return err
-			}
-			if (skippy < 0) || (iNdEx+skippy) < 0 {
-				return protohelpers.ErrInvalidLength
-			}
-			if (iNdEx + skippy) > l {
-				return io.ErrUnexpectedEOF
-			}
-			m.unknownFields = append(m.unknownFields, dAtA[iNdEx:iNdEx+skippy]...)
-			iNdEx += skippy
-		}
-	}
-
-	if iNdEx > l {
-		return io.ErrUnexpectedEOF
-	}
-	return nil
-}
 func (m *SealedCheck) UnmarshalVT(dAtA []byte) error {
 	l := len(dAtA)
 	iNdEx := 0
@@ -2411,9 +2200,9 @@ func (m *SealedCheck) UnmarshalVT(dAtA []byte) error {
 			iNdEx = postIndex
 		case 2:
 			if wireType != 0 {
-				return fmt.Errorf("proto: wrong wireType = %d for field Target", wireType)
+				return fmt.Errorf("proto: wrong wireType = %d for field Task", wireType)
 			}
-			m.Target = 0
+			m.Task = 0
 			for shift := uint(0); ; shift += 7 {
 				if shift >= 64 {
 					return protohelpers.ErrIntOverflow
@@ -2423,7 +2212,7 @@ func (m *SealedCheck) UnmarshalVT(dAtA []byte) error {
 				}
 				b := dAtA[iNdEx]
 				iNdEx++
-				m.Target |= uint64(b&0x7F) << shift
+				m.Task |= uint32(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
@@ -3123,6 +2912,82 @@ func (m *SealedFrames) UnmarshalVT(dAtA []byte) error {
 						break
 					}
 				}
+				m.Tasks = append(m.Tasks, v)
+			} else if wireType == 2 {
+				var packedLen int
+				for shift := uint(0); ; shift += 7 {
+					if shift >= 64 {
+						return protohelpers.ErrIntOverflow
+					}
+					if iNdEx >= l {
+						return io.ErrUnexpectedEOF
+					}
+					b := dAtA[iNdEx]
+					iNdEx++
+					packedLen |= int(b&0x7F) << shift
+					if b < 0x80 {
+						break
+					}
+				}
+				if packedLen < 0 {
+					return protohelpers.ErrInvalidLength
+				}
+				postIndex := iNdEx + packedLen
+				if postIndex < 0 {
+					return protohelpers.ErrInvalidLength
+				}
+				if postIndex > l {
+					return io.ErrUnexpectedEOF
+				}
+				var elementCount int
+				var count int
+				for _, integer := range dAtA[iNdEx:postIndex] {
+					if integer < 128 {
+						count++
+					}
+				}
+				elementCount = count
+				if elementCount != 0 && len(m.Tasks) == 0 {
+					m.Tasks = make([]uint32, 0, elementCount)
+				}
+				for iNdEx < postIndex {
+					var v uint32
+					for shift := uint(0); ; shift += 7 {
+						if shift >= 64 {
+							return protohelpers.ErrIntOverflow
+						}
+						if iNdEx >= l {
+							return io.ErrUnexpectedEOF
+						}
+						b := dAtA[iNdEx]
+						iNdEx++
+						v |= uint32(b&0x7F) << shift
+						if b < 0x80 {
+							break
+						}
+					}
+					m.Tasks = append(m.Tasks, v)
+				}
+			} else {
+				return fmt.Errorf("proto: wrong wireType = %d for field Tasks", wireType)
+			}
+		case 9:
+			if wireType == 0 {
+				var v uint32
+				for shift := uint(0); ; shift += 7 {
+					if shift >= 64 {
+						return protohelpers.ErrIntOverflow
+					}
+					if iNdEx >= l {
+						return io.ErrUnexpectedEOF
+					}
+					b := dAtA[iNdEx]
+					iNdEx++
+					v |= uint32(b&0x7F) << shift
+					if b < 0x80 {
+						break
+					}
+				}
 				m.Attempts = append(m.Attempts, v)
 			} else if wireType == 2 {
 				var packedLen int
@@ -3182,7 +3047,7 @@ func (m *SealedFrames) UnmarshalVT(dAtA []byte) error {
 			} else {
 				return fmt.Errorf("proto: wrong wireType = %d for field Attempts", wireType)
 			}
-		case 9:
+		case 10:
 			if wireType == 0 {
 				var v uint32
 				for shift := uint(0); ; shift += 7 {
@@ -3257,82 +3122,6 @@ func (m *SealedFrames) UnmarshalVT(dAtA []byte) error {
 				}
 			} else {
 				return fmt.Errorf("proto: wrong wireType = %d for field Checks", wireType)
-			}
-		case 10:
-			if wireType == 0 {
-				var v uint32
-				for shift := uint(0); ; shift += 7 {
-					if shift >= 64 {
-						return protohelpers.ErrIntOverflow
-					}
-					if iNdEx >= l {
-						return io.ErrUnexpectedEOF
-					}
-					b := dAtA[iNdEx]
-					iNdEx++
-					v |= uint32(b&0x7F) << shift
-					if b < 0x80 {
-						break
-					}
-				}
-				m.Tasks = append(m.Tasks, v)
-			} else if wireType == 2 {
-				var packedLen int
-				for shift := uint(0); ; shift += 7 {
-					if shift >= 64 {
-						return protohelpers.ErrIntOverflow
-					}
-					if iNdEx >= l {
-						return io.ErrUnexpectedEOF
-					}
-					b := dAtA[iNdEx]
-					iNdEx++
-					packedLen |= int(b&0x7F) << shift
-					if b < 0x80 {
-						break
-					}
-				}
-				if packedLen < 0 {
-					return protohelpers.ErrInvalidLength
-				}
-				postIndex := iNdEx + packedLen
-				if postIndex < 0 {
-					return protohelpers.ErrInvalidLength
-				}
-				if postIndex > l {
-					return io.ErrUnexpectedEOF
-				}
-				var elementCount int
-				var count int
-				for _, integer := range dAtA[iNdEx:postIndex] {
-					if integer < 128 {
-						count++
-					}
-				}
-				elementCount = count
-				if elementCount != 0 && len(m.Tasks) == 0 {
-					m.Tasks = make([]uint32, 0, elementCount)
-				}
-				for iNdEx < postIndex {
-					var v uint32
-					for shift := uint(0); ; shift += 7 {
-						if shift >= 64 {
-							return protohelpers.ErrIntOverflow
-						}
-						if iNdEx >= l {
-							return io.ErrUnexpectedEOF
-						}
-						b := dAtA[iNdEx]
-						iNdEx++
-						v |= uint32(b&0x7F) << shift
-						if b < 0x80 {
-							break
-						}
-					}
-					m.Tasks = append(m.Tasks, v)
-				}
-			} else {
-				return fmt.Errorf("proto: wrong wireType = %d for field Tasks", wireType)
 			}
 		default:
 			iNdEx = preIndex

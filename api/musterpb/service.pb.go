@@ -128,8 +128,8 @@ func (x *SubmitJobResponse) GetJob() string {
 type GetJobRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Job           string                 `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
-	Detail        bool                   `protobuf:"varint,2,opt,name=detail,proto3" json:"detail,omitempty"` // with attempts and checks
-	After         uint64                 `protobuf:"varint,3,opt,name=after,proto3" json:"after,omitempty"`   // page of the detail: as many attempts are left out
+	Detail        bool                   `protobuf:"varint,2,opt,name=detail,proto3" json:"detail,omitempty"`                        // with attempts and checks
+	AfterTask     uint32                 `protobuf:"varint,3,opt,name=after_task,json=afterTask,proto3" json:"after_task,omitempty"` // page of the detail: tasks from this number on
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -178,22 +178,22 @@ func (x *GetJobRequest) GetDetail() bool {
 	return false
 }
 
-func (x *GetJobRequest) GetAfter() uint64 {
+func (x *GetJobRequest) GetAfterTask() uint32 {
 	if x != nil {
-		return x.After
+		return x.AfterTask
 	}
 	return 0
 }
 
-// GetJobResponse has a part of the attempts where there are many, each with its
-// check. In a watch, all but the first leave out what does not change: the
-// job's specification and its permutation key.
+// GetJobResponse has the attempts and checks of some of the tasks where there
+// are many; put together, they are to be sorted again. A watch sends the job's
+// specification and permutation key once, and again only after they changed.
 type GetJobResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Job           *Job                   `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
 	Attempts      []*Attempt             `protobuf:"bytes,2,rep,name=attempts,proto3" json:"attempts,omitempty"`
 	Checks        []*Check               `protobuf:"bytes,3,rep,name=checks,proto3" json:"checks,omitempty"`
-	Next          uint64                 `protobuf:"varint,4,opt,name=next,proto3" json:"next,omitempty"` // after of the next page; 0: that was all
+	NextTask      uint32                 `protobuf:"varint,4,opt,name=next_task,json=nextTask,proto3" json:"next_task,omitempty"` // 0: that was all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -249,9 +249,9 @@ func (x *GetJobResponse) GetChecks() []*Check {
 	return nil
 }
 
-func (x *GetJobResponse) GetNext() uint64 {
+func (x *GetJobResponse) GetNextTask() uint32 {
 	if x != nil {
-		return x.Next
+		return x.NextTask
 	}
 	return 0
 }
@@ -863,8 +863,8 @@ func (x *TaskResult) GetArchiveBytes() int64 {
 type GetLogsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Job           string                 `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
-	Attempt       string                 `protobuf:"bytes,2,opt,name=attempt,proto3" json:"attempt,omitempty"` // empty: every attempt of the job that has a log
-	After         uint64                 `protobuf:"varint,3,opt,name=after,proto3" json:"after,omitempty"`    // page: as many attempts are left out
+	Attempt       string                 `protobuf:"bytes,2,opt,name=attempt,proto3" json:"attempt,omitempty"`                       // empty: every attempt of the job that has a log
+	AfterTask     uint32                 `protobuf:"varint,3,opt,name=after_task,json=afterTask,proto3" json:"after_task,omitempty"` // page: tasks from this number on
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -913,9 +913,9 @@ func (x *GetLogsRequest) GetAttempt() string {
 	return ""
 }
 
-func (x *GetLogsRequest) GetAfter() uint64 {
+func (x *GetLogsRequest) GetAfterTask() uint32 {
 	if x != nil {
-		return x.After
+		return x.AfterTask
 	}
 	return 0
 }
@@ -923,7 +923,7 @@ func (x *GetLogsRequest) GetAfter() uint64 {
 type GetLogsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Logs          []*AttemptLog          `protobuf:"bytes,1,rep,name=logs,proto3" json:"logs,omitempty"`
-	Next          uint64                 `protobuf:"varint,2,opt,name=next,proto3" json:"next,omitempty"` // after of the next page; 0: that was all
+	NextTask      uint32                 `protobuf:"varint,2,opt,name=next_task,json=nextTask,proto3" json:"next_task,omitempty"` // 0: that was all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -965,9 +965,9 @@ func (x *GetLogsResponse) GetLogs() []*AttemptLog {
 	return nil
 }
 
-func (x *GetLogsResponse) GetNext() uint64 {
+func (x *GetLogsResponse) GetNextTask() uint32 {
 	if x != nil {
-		return x.Next
+		return x.NextTask
 	}
 	return 0
 }
@@ -3440,16 +3440,17 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x04spec\x18\x02 \x01(\v2\x12.muster.v1.JobSpecR\x04spec\x12\x18\n" +
 	"\aaccount\x18\x03 \x01(\tR\aaccount\"%\n" +
 	"\x11SubmitJobResponse\x12\x10\n" +
-	"\x03job\x18\x01 \x01(\tR\x03job\"O\n" +
+	"\x03job\x18\x01 \x01(\tR\x03job\"X\n" +
 	"\rGetJobRequest\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x16\n" +
-	"\x06detail\x18\x02 \x01(\bR\x06detail\x12\x14\n" +
-	"\x05after\x18\x03 \x01(\x04R\x05after\"\xa0\x01\n" +
+	"\x06detail\x18\x02 \x01(\bR\x06detail\x12\x1d\n" +
+	"\n" +
+	"after_task\x18\x03 \x01(\rR\tafterTask\"\xa9\x01\n" +
 	"\x0eGetJobResponse\x12 \n" +
 	"\x03job\x18\x01 \x01(\v2\x0e.muster.v1.JobR\x03job\x12.\n" +
 	"\battempts\x18\x02 \x03(\v2\x12.muster.v1.AttemptR\battempts\x12(\n" +
-	"\x06checks\x18\x03 \x03(\v2\x10.muster.v1.CheckR\x06checks\x12\x12\n" +
-	"\x04next\x18\x04 \x01(\x04R\x04next\"Y\n" +
+	"\x06checks\x18\x03 \x03(\v2\x10.muster.v1.CheckR\x06checks\x12\x1b\n" +
+	"\tnext_task\x18\x04 \x01(\rR\bnextTask\"Y\n" +
 	"\x0fListJobsRequest\x12\x18\n" +
 	"\aaccount\x18\x01 \x01(\tR\aaccount\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x16\n" +
@@ -3488,14 +3489,15 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x0earchive_digest\x18\x04 \x01(\tR\rarchiveDigest\x12\x1a\n" +
 	"\bverified\x18\x05 \x01(\bR\bverified\x12)\n" +
 	"\x06stored\x18\x06 \x01(\v2\x11.muster.v1.StoredR\x06stored\x12#\n" +
-	"\rarchive_bytes\x18\a \x01(\x03R\farchiveBytes\"R\n" +
+	"\rarchive_bytes\x18\a \x01(\x03R\farchiveBytes\"[\n" +
 	"\x0eGetLogsRequest\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x18\n" +
-	"\aattempt\x18\x02 \x01(\tR\aattempt\x12\x14\n" +
-	"\x05after\x18\x03 \x01(\x04R\x05after\"P\n" +
+	"\aattempt\x18\x02 \x01(\tR\aattempt\x12\x1d\n" +
+	"\n" +
+	"after_task\x18\x03 \x01(\rR\tafterTask\"Y\n" +
 	"\x0fGetLogsResponse\x12)\n" +
-	"\x04logs\x18\x01 \x03(\v2\x15.muster.v1.AttemptLogR\x04logs\x12\x12\n" +
-	"\x04next\x18\x02 \x01(\x04R\x04next\"\xb4\x01\n" +
+	"\x04logs\x18\x01 \x03(\v2\x15.muster.v1.AttemptLogR\x04logs\x12\x1b\n" +
+	"\tnext_task\x18\x02 \x01(\rR\bnextTask\"\xb4\x01\n" +
 	"\n" +
 	"AttemptLog\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12\x12\n" +

@@ -62,7 +62,7 @@ func (m *GetJobRequest) CloneVT() *GetJobRequest {
 	r := new(GetJobRequest)
 	r.Job = m.Job
 	r.Detail = m.Detail
-	r.After = m.After
+	r.AfterTask = m.AfterTask
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -80,7 +80,7 @@ func (m *GetJobResponse) CloneVT() *GetJobResponse {
 	}
 	r := new(GetJobResponse)
 	r.Job = m.Job.CloneVT()
-	r.Next = m.Next
+	r.NextTask = m.NextTask
 	if rhs := m.Attempts; rhs != nil {
 		tmpContainer := make([]*Attempt, len(rhs))
 		for k, v := range rhs {
@@ -333,7 +333,7 @@ func (m *GetLogsRequest) CloneVT() *GetLogsRequest {
 	r := new(GetLogsRequest)
 	r.Job = m.Job
 	r.Attempt = m.Attempt
-	r.After = m.After
+	r.AfterTask = m.AfterTask
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -350,7 +350,7 @@ func (m *GetLogsResponse) CloneVT() *GetLogsResponse {
 		return (*GetLogsResponse)(nil)
 	}
 	r := new(GetLogsResponse)
-	r.Next = m.Next
+	r.NextTask = m.NextTask
 	if rhs := m.Logs; rhs != nil {
 		tmpContainer := make([]*AttemptLog, len(rhs))
 		for k, v := range rhs {
@@ -1391,7 +1391,7 @@ func (this *GetJobRequest) EqualVT(that *GetJobRequest) bool {
 	if this.Detail != that.Detail {
 		return false
 	}
-	if this.After != that.After {
+	if this.AfterTask != that.AfterTask {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -1447,7 +1447,7 @@ func (this *GetJobResponse) EqualVT(that *GetJobResponse) bool {
 			}
 		}
 	}
-	if this.Next != that.Next {
+	if this.NextTask != that.NextTask {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -1768,7 +1768,7 @@ func (this *GetLogsRequest) EqualVT(that *GetLogsRequest) bool {
 	if this.Attempt != that.Attempt {
 		return false
 	}
-	if this.After != that.After {
+	if this.AfterTask != that.AfterTask {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -1804,7 +1804,7 @@ func (this *GetLogsResponse) EqualVT(that *GetLogsResponse) bool {
 			}
 		}
 	}
-	if this.Next != that.Next {
+	if this.NextTask != that.NextTask {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -3370,8 +3370,8 @@ func (m *GetJobRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
-	if m.After != 0 {
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.After))
+	if m.AfterTask != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AfterTask))
 		i--
 		dAtA[i] = 0x18
 	}
@@ -3425,8 +3425,8 @@ func (m *GetJobResponse) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
-	if m.Next != 0 {
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Next))
+	if m.NextTask != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.NextTask))
 		i--
 		dAtA[i] = 0x20
 	}
@@ -4046,8 +4046,8 @@ func (m *GetLogsRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
-	if m.After != 0 {
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.After))
+	if m.AfterTask != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AfterTask))
 		i--
 		dAtA[i] = 0x18
 	}
@@ -4098,8 +4098,8 @@ func (m *GetLogsResponse) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
-	if m.Next != 0 {
-		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Next))
+	if m.NextTask != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.NextTask))
 		i--
 		dAtA[i] = 0x10
 	}
@@ -6521,8 +6521,8 @@ func (m *GetJobRequest) SizeVT() (n int) {
 	if m.Detail {
 		n += 2
 	}
-	if m.After != 0 {
-		n += 1 + protohelpers.SizeOfVarint(uint64(m.After))
+	if m.AfterTask != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.AfterTask))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -6550,8 +6550,8 @@ func (m *GetJobResponse) SizeVT() (n int) {
 			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 		}
 	}
-	if m.Next != 0 {
-		n += 1 + protohelpers.SizeOfVarint(uint64(m.Next))
+	if m.NextTask != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.NextTask))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -6779,8 +6779,8 @@ func (m *GetLogsRequest) SizeVT() (n int) {
 	if l > 0 {
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
-	if m.After != 0 {
-		n += 1 + protohelpers.SizeOfVarint(uint64(m.After))
+	if m.AfterTask != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.AfterTask))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -6798,8 +6798,8 @@ func (m *GetLogsResponse) SizeVT() (n int) {
 			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 		}
 	}
-	if m.Next != 0 {
-		n += 1 + protohelpers.SizeOfVarint(uint64(m.Next))
+	if m.NextTask != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.NextTask))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -8086,9 +8086,9 @@ func (m *GetJobRequest) UnmarshalVT(dAtA []byte) error {
 			m.Detail = bool(v != 0)
 		case 3:
 			if wireType != 0 {
-				return fmt.Errorf("proto: wrong wireType = %d for field After", wireType)
+				return fmt.Errorf("proto: wrong wireType = %d for field AfterTask", wireType)
 			}
-			m.After = 0
+			m.AfterTask = 0
 			for shift := uint(0); ; shift += 7 {
 				if shift >= 64 {
 					return protohelpers.ErrIntOverflow
@@ -8098,7 +8098,7 @@ func (m *GetJobRequest) UnmarshalVT(dAtA []byte) error {
 				}
 				b := dAtA[iNdEx]
 				iNdEx++
-				m.After |= uint64(b&0x7F) << shift
+				m.AfterTask |= uint32(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
@@ -8260,9 +8260,9 @@ func (m *GetJobResponse) UnmarshalVT(dAtA []byte) error {
 			iNdEx = postIndex
 		case 4:
 			if wireType != 0 {
-				return fmt.Errorf("proto: wrong wireType = %d for field Next", wireType)
+				return fmt.Errorf("proto: wrong wireType = %d for field NextTask", wireType)
 			}
-			m.Next = 0
+			m.NextTask = 0
 			for shift := uint(0); ; shift += 7 {
 				if shift >= 64 {
 					return protohelpers.ErrIntOverflow
@@ -8272,7 +8272,7 @@ func (m *GetJobResponse) UnmarshalVT(dAtA []byte) error {
 				}
 				b := dAtA[iNdEx]
 				iNdEx++
-				m.Next |= uint64(b&0x7F) << shift
+				m.NextTask |= uint32(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
@@ -9643,9 +9643,9 @@ func (m *GetLogsRequest) UnmarshalVT(dAtA []byte) error {
 			iNdEx = postIndex
 		case 3:
 			if wireType != 0 {
-				return fmt.Errorf("proto: wrong wireType = %d for field After", wireType)
+				return fmt.Errorf("proto: wrong wireType = %d for field AfterTask", wireType)
 			}
-			m.After = 0
+			m.AfterTask = 0
 			for shift := uint(0); ; shift += 7 {
 				if shift >= 64 {
 					return protohelpers.ErrIntOverflow
@@ -9655,7 +9655,7 @@ func (m *GetLogsRequest) UnmarshalVT(dAtA []byte) error {
 				}
 				b := dAtA[iNdEx]
 				iNdEx++
-				m.After |= uint64(b&0x7F) << shift
+				m.AfterTask |= uint32(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
@@ -9747,9 +9747,9 @@ func (m *GetLogsResponse) UnmarshalVT(dAtA []byte) error {
 			iNdEx = postIndex
 		case 2:
 			if wireType != 0 {
-				return fmt.Errorf("proto: wrong wireType = %d for field Next", wireType)
+				return fmt.Errorf("proto: wrong wireType = %d for field NextTask", wireType)
 			}
-			m.Next = 0
+			m.NextTask = 0
 			for shift := uint(0); ; shift += 7 {
 				if shift >= 64 {
 					return protohelpers.ErrIntOverflow
@@ -9759,7 +9759,7 @@ func (m *GetLogsResponse) UnmarshalVT(dAtA []byte) error {
 				}
 				b := dAtA[iNdEx]
 				iNdEx++
-				m.Next |= uint64(b&0x7F) << shift
+				m.NextTask |= uint32(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}

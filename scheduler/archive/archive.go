@@ -28,10 +28,11 @@ type Source interface {
 	Segments() []*musterpb.Segment
 }
 
-// Bounds of one page of a job's attempts.
+// Bounds of one page of a job's attempts. The task whose attempts reach one of
+// them is the page's last.
 const (
 	PageAttempts = 5000
-	PageBytes    = 4 << 20 // the attempt that reaches it is the page's last
+	PageBytes    = 4 << 20
 )
 
 // DefaultCache is enough for the footers and the job tables of a hundred
@@ -204,26 +205,26 @@ func (a *Archive) sequences(ctx context.Context, segments []*musterpb.Segment) (
 	return list, nil
 }
 
-// Attempts lists the attempts of a sealed job from a position on, as far as a
-// page goes, and their checks. Next is the position of the next page, 0 when
-// that was all.
-func (a *Archive) Attempts(ctx context.Context, id string, from uint64) (list []*musterpb.Attempt, checks []*musterpb.Check, next uint64, err error) {
+// Attempts lists the attempts and checks of a sealed job's tasks from a number
+// on, task by task, as far as a page goes. Next is the first task of the next
+// page, 0 when that was all.
+func (a *Archive) Attempts(ctx context.Context, id string, from uint32) (list []*musterpb.Attempt, checks []*musterpb.Check, next uint32, err error) {
 	err = a.find(ctx, id, func(s *segment, job *found) error {
 		list, next = nil, 0
-		bytes, end := 0, from
-		err := s.attempts(job, from, func(position uint64, attempt *musterpb.Attempt) bool {
-			if len(list) == PageAttempts || bytes >= PageBytes {
-				next = position
+		bytes := 0
+		err := s.attempts(job, from, func(attempt *musterpb.Attempt) bool {
+			if (len(list) >= PageAttempts || bytes >= PageBytes) && attempt.Task != list[len(list)-1].Task {
+				next = attempt.Task
 				return false
 			}
 			bytes += attempt.SizeVT()
-			list, end = append(list, attempt), position+1
+			list = append(list, attempt)
 			return true
 		})
-		if err != nil || len(list) == 0 {
+		if err != nil {
 			return err
 		}
-		checks, err = s.checks(job, from, end)
+		checks, err = s.checks(job, from, next)
 		return err
 	})
 	return list, checks, next, err
@@ -232,47 +233,33 @@ func (a *Archive) Attempts(ctx context.Context, id string, from uint64) (list []
 // Results lists up to limit tasks of a sealed job from a number on, each with
 // the attempt that is its result, nil for a task that has none.
 func (a *Archive) Results(ctx context.Context, id string, from uint32, limit int) (tasks []*musterpb.Task, results []*musterpb.Attempt, err error) {
-	err = a.find(ctx, id, func(s *segment, job *found) error {
-		tasks, results = nil, nil
-		list, err := s.tasks(job, from, limit)
+	err = a.find(ctx, id, func(s *segment, job *found) (err error) {
+		if tasks, err = s.tasks(job, from, limit); err != nil {
+			return err
+		}
+		results = make([]*musterpb.Attempt, len(tasks))
+		i := 0 // the task that comes next
+		err = s.attempts(job, from, func(attempt *musterpb.Attempt) bool {
+			for i < len(tasks) && tasks[i].Number < attempt.Task {
+				i++
+			}
+			if i < len(tasks) && tasks[i].Number == attempt.Task && tasks[i].Result == attempt.Id {
+				results[i] = attempt
+			}
+			return i < len(tasks)
+		})
 		if err != nil {
 			return err
 		}
-		at := map[uint64]int{} // the task of a position
-		var wanted []uint64
-		for i, t := range list {
-			tasks, results = append(tasks, t.Task), append(results, nil)
-			if t.Result > 0 {
-				at[t.Result-1] = i
-				wanted = append(wanted, t.Result-1)
-			}
-		}
-		slices.Sort(wanted)
-		// Results lie close together as a rule; what was repeated may be far off.
-		for len(wanted) > 0 {
-			left := len(wanted)
-			err := s.attempts(job, wanted[0], func(position uint64, attempt *musterpb.Attempt) bool {
-				if position == wanted[0] {
-					results[at[position]] = attempt
-					wanted = wanted[1:]
-				}
-				return len(wanted) > 0 && wanted[0] <= position+farAway
-			})
-			if err != nil {
-				return err
-			}
-			if len(wanted) == left {
-				return errorf("job %s has no attempt %d of %d", id, wanted[0], job.Attempts.GetRecords())
+		for i, task := range tasks {
+			if task.Result != "" && results[i] == nil {
+				return errorf("attempt %s, the result of task %d of job %s, is not in it", task.Result, task.Number, id)
 			}
 		}
 		return nil
 	})
 	return tasks, results, err
 }
-
-// farAway is from how many attempts on it is cheaper to look for the next frame
-// than to read on.
-const farAway = 1000
 
 // Transfers lists sealed transfers after an ID, of one account and its jobs or,
 // with an empty name, of all; at most limit of them. Through is the newest

@@ -32,7 +32,7 @@ func BenchmarkSeal(b *testing.B) {
 			for b.Loop() {
 				w := NewWriter(io.Discard)
 				for _, j := range c.jobs {
-					must(b, w.Job(j))
+					must(b, j.write(w))
 				}
 				for _, x := range c.transfers {
 					must(b, w.Transfer(x.Transfer, x.Account))

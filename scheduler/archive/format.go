@@ -61,7 +61,7 @@ const (
 )
 
 func (k kind) String() string {
-	return [...]string{"jobs", "attempts", "checks", "tasks", "transfers", "transfer filters", "batches", "job list", "account list", "accounts"}[k]
+	return [...]string{"jobs", "tasks", "attempts", "checks", "transfers", "transfer filters", "batches", "job list", "account list", "accounts"}[k]
 }
 
 // frameTarget is how long a frame of this kind grows.
@@ -219,7 +219,7 @@ type frame struct {
 	records uint64
 	first   uint64
 	second  uint64    // byAccount only
-	base    [3]uint32 // heads only: of attempts, checks and tasks
+	base    [3]uint32 // heads only: of tasks, attempts and checks
 }
 
 // appendFrame adds a line.
@@ -230,7 +230,7 @@ func appendFrame(t *musterpb.SealedFrames, k kind, f frame) {
 	case byAccount:
 		t.Second = append(t.Second, f.second)
 	case heads:
-		t.Attempts, t.Checks, t.Tasks = append(t.Attempts, f.base[0]), append(t.Checks, f.base[1]), append(t.Tasks, f.base[2])
+		t.Tasks, t.Attempts, t.Checks = append(t.Tasks, f.base[0]), append(t.Attempts, f.base[1]), append(t.Checks, f.base[2])
 	}
 }
 
@@ -241,7 +241,7 @@ func frameAt(t *musterpb.SealedFrames, k kind, i int) frame {
 	case byAccount:
 		f.second = t.Second[i]
 	case heads:
-		f.base = [3]uint32{t.Attempts[i], t.Checks[i], t.Tasks[i]}
+		f.base = [3]uint32{t.Tasks[i], t.Attempts[i], t.Checks[i]}
 	}
 	return f
 }

@@ -225,7 +225,7 @@ func (m *merger) copy(s *segment, f *musterpb.SealedFooter, base [bodies]uint64)
 			x.offset += shift
 			switch k {
 			case heads:
-				x.base[0], x.base[1], x.base[2] = x.base[0]+uint32(base[attempts]), x.base[1]+uint32(base[checks]), x.base[2]+uint32(base[tasks])
+				x.base[0], x.base[1], x.base[2] = x.base[0]+uint32(base[tasks]), x.base[1]+uint32(base[attempts]), x.base[2]+uint32(base[checks])
 			case filters:
 				x.first += base[transfers]
 			}

@@ -306,11 +306,10 @@ func (s *segment) jobs(account string, before uint64, limit int) (list []*muster
 	return list, nil
 }
 
-// records calls f with the records of a run whose key is at least from, and
-// with others before them: in order, each with its place in the run where that
-// is known (of attempts only), until f says that it has enough.
-func (s *segment) records(k kind, base uint32, run *musterpb.SealedRun, from uint64, f func(position uint64, record []byte) (more bool, err error)) error {
-	if run == nil || run.Records == 0 {
+// records calls f with the records of a run that belong to a task from a number
+// on, and with some before them, in order, until f says that it has enough.
+func (s *segment) records(k kind, base uint32, run *musterpb.SealedRun, from uint32, f func(record []byte) (more bool, err error)) error {
+	if run.GetRecords() == 0 {
 		return nil
 	}
 	list, err := s.frames(k)
@@ -321,29 +320,28 @@ func (s *segment) records(k kind, base uint32, run *musterpb.SealedRun, from uin
 	if run.Frames == 0 || first+uint64(run.Frames) > uint64(len(list.Offset)) {
 		return errorf("%s frames %d and %d more are not all there: it has %d", k, first, run.Frames, len(list.Offset))
 	}
-	frame, end := int(first), int(first)+int(run.Frames)
-	if run.Frames > 1 {
-		frame += max(0, sort.Search(int(run.Frames), func(i int) bool { return list.First[frame+i] > from })-1)
+	number, end := int(first), int(first)+int(run.Frames)
+	if run.Frames > 1 { // a task may begin at the end of the frame before the one that it is the first of
+		number += max(0, sort.Search(int(run.Frames), func(i int) bool { return list.First[int(first)+i] >= uint64(from) })-1)
 	}
-	for ; frame < end; frame++ {
-		raw, err := s.frame(k, frame)
+	for ; number < end; number++ {
+		raw, err := s.frame(k, number)
 		if err != nil {
 			return err
 		}
-		n, position := run.Records, uint64(0)
-		if run.Frames > 1 {
-			n, position = list.Records[frame], list.First[frame]
-		} else if uint64(run.Offset) > uint64(len(raw)) {
-			return errorf("%s at %d of a frame with %d bytes", k, run.Offset, len(raw))
-		} else {
+		n := list.Records[number]
+		if run.Frames == 1 {
+			if n = run.Records; uint64(run.Offset) > uint64(len(raw)) {
+				return errorf("%s at %d of a frame with %d bytes", k, run.Offset, len(raw))
+			}
 			raw = raw[run.Offset:]
 		}
-		for i := range n {
+		for range n {
 			var record []byte
 			if record, raw, err = nextRecord(raw); err != nil {
-				return errorf("%s frame %d: %w", k, frame, err)
+				return errorf("%s frame %d: %w", k, number, err)
 			}
-			if more, err := f(position+i, record); err != nil || !more {
+			if more, err := f(record); err != nil || !more {
 				return err
 			}
 		}
@@ -354,46 +352,46 @@ func (s *segment) records(k kind, base uint32, run *musterpb.SealedRun, from uin
 	return nil
 }
 
-// attempts lists attempts of a job from a position on.
-func (s *segment) attempts(job *found, from uint64, each func(uint64, *musterpb.Attempt) (more bool)) error {
-	return s.records(attempts, job.base[0], job.Attempts, from, func(position uint64, record []byte) (bool, error) {
-		if position < from {
-			return true, nil
+// tasks lists up to limit tasks of a job from a number on.
+func (s *segment) tasks(job *found, from uint32, limit int) (list []*musterpb.Task, err error) {
+	err = s.records(tasks, job.base[0], job.Tasks, from, func(record []byte) (bool, error) {
+		t := &musterpb.Task{}
+		if err := t.UnmarshalVT(record); err != nil {
+			return false, errorf("a task: %w", err)
 		}
-		a := &musterpb.Attempt{}
-		if err := a.UnmarshalVT(record); err != nil {
-			return false, errorf("an attempt: %w", err)
+		if t.Number >= from {
+			list = append(list, t)
 		}
-		return each(position, a), nil
-	})
-}
-
-// checks lists the checks whose targets are at positions from ≤ n < to.
-func (s *segment) checks(job *found, from, to uint64) (list []*musterpb.Check, err error) {
-	err = s.records(checks, job.base[1], job.Checks, from, func(_ uint64, record []byte) (bool, error) {
-		c := &musterpb.SealedCheck{}
-		if err := c.UnmarshalVT(record); err != nil || c.Check == nil {
-			return false, errorf("a check: %w", orEmpty(err))
-		}
-		if c.Target >= from && c.Target < to {
-			list = append(list, c.Check)
-		}
-		return c.Target < to, nil
+		return len(list) < limit, nil
 	})
 	return list, err
 }
 
-// tasks lists up to limit tasks from a number on.
-func (s *segment) tasks(job *found, from uint32, limit int) (list []*musterpb.SealedTask, err error) {
-	err = s.records(tasks, job.base[2], job.Tasks, uint64(from), func(_ uint64, record []byte) (bool, error) {
-		t := &musterpb.SealedTask{}
-		if err := t.UnmarshalVT(record); err != nil || t.Task == nil {
-			return false, errorf("a task: %w", orEmpty(err))
+// attempts calls each with the attempts of a job's tasks from a number on.
+func (s *segment) attempts(job *found, from uint32, each func(*musterpb.Attempt) (more bool)) error {
+	return s.records(attempts, job.base[1], job.Attempts, from, func(record []byte) (bool, error) {
+		a := &musterpb.Attempt{}
+		if err := a.UnmarshalVT(record); err != nil {
+			return false, errorf("an attempt: %w", err)
 		}
-		if t.Task.Number >= from {
-			list = append(list, t)
+		return a.Task < from || each(a), nil
+	})
+}
+
+// checks lists the checks of a job's tasks from ≤ n < to; to is 0 for all.
+func (s *segment) checks(job *found, from, to uint32) (list []*musterpb.Check, err error) {
+	err = s.records(checks, job.base[2], job.Checks, from, func(record []byte) (bool, error) {
+		c := &musterpb.SealedCheck{}
+		if err := c.UnmarshalVT(record); err != nil || c.Check == nil {
+			return false, errorf("a check: %w", orEmpty(err))
 		}
-		return len(list) < limit, nil
+		if to > 0 && c.Task >= to {
+			return false, nil
+		}
+		if c.Task >= from {
+			list = append(list, c.Check)
+		}
+		return true, nil
 	})
 	return list, err
 }

@@ -16,18 +16,10 @@ import (
 	"github.com/musternet/muster/scheduler/ledger"
 )
 
-// Job is a job that is sealed, with everything that belongs to it.
-type Job struct {
-	Job      *musterpb.Job
-	Attempts []*musterpb.Attempt // in order of placement
-	Checks   []*musterpb.Check
-	Tasks    []*musterpb.Task // those that were ever placed
-}
-
-// Writer writes one segment: jobs, transfers in order of ID and batches in
-// order of epoch, however these three follow each other. Equal calls give equal
-// bytes. After an error a writer is of no use. It is not safe for concurrent
-// use.
+// Writer writes one segment: jobs, each with its tasks in order, each with its
+// attempts and checks; transfers in order of ID; and batches in order of epoch.
+// Equal calls give equal bytes. After an error a writer is of no use. It is not
+// safe for concurrent use.
 type Writer struct {
 	out    *counted
 	open   [bodies]buffer
@@ -38,10 +30,19 @@ type Writer struct {
 	inside []uint32            // upper halves of the hashes of those of the open frame
 	merged map[uint64]struct{} // hashes of the accounts of segments that were merged into this one
 
-	// Kept between calls, so that a small job costs few allocations.
-	position map[string]uint64
-	transfer musterpb.SealedTransfer
+	current *musterpb.SealedJob // begun and not ended; nil: none
+	task    uint32              // of the current job, what was added last
+	rows    [kinds]row          // of the current job
+
+	transfer musterpb.SealedTransfer // kept between calls, like packed
 	packed   []byte
+}
+
+// row is a run that still grows.
+type row struct {
+	run    musterpb.SealedRun
+	before uint64 // records of other runs in the frame where it began
+	first  uint64 // its first key
 }
 
 // seen is an account that transfers are about.
@@ -67,7 +68,7 @@ type buffer struct {
 
 // NewWriter starts a segment; Close ends it.
 func NewWriter(w io.Writer) *Writer {
-	out := &Writer{out: newCounted(w), seen: map[string]*seen{}, merged: map[uint64]struct{}{}, position: map[string]uint64{}}
+	out := &Writer{out: newCounted(w), seen: map[string]*seen{}, merged: map[uint64]struct{}{}}
 	for k := range out.tables {
 		out.tables[k] = &musterpb.SealedFrames{}
 	}
@@ -105,121 +106,112 @@ type message interface {
 	MarshalToSizedBufferVT([]byte) (int, error)
 }
 
-// Job adds a job.
-func (w *Writer) Job(j Job) error {
-	if j.Job.GetId() == "" || j.Job.Sequence == 0 {
-		return api.Errorf(api.Internal, "job %q with sequence %d can't be sealed: both are needed", j.Job.GetId(), j.Job.GetSequence())
+// Job begins a job: what is added next is its first task, if it has any.
+func (w *Writer) Job(job *musterpb.Job) error {
+	if job.GetId() == "" || job.Sequence == 0 {
+		return api.Errorf(api.Internal, "job %q with sequence %d can't be sealed: both are needed", job.GetId(), job.GetSequence())
 	}
-	if len(w.position) > 1<<16 {
-		w.position = map[string]uint64{} // clearing costs what the largest job did
-	}
-	clear(w.position)
-	sealed := &musterpb.SealedJob{Job: j.Job}
-	err := w.run(attempts, &sealed.Attempts, len(j.Attempts), func(i int) (message, uint64, error) {
-		w.position[j.Attempts[i].Id] = uint64(i)
-		return j.Attempts[i], uint64(i), nil
-	})
-	if err != nil {
+	if err := w.endJob(); err != nil {
 		return err
 	}
-	if err := w.checks(sealed, j); err != nil {
-		return err
-	}
-	if err := w.tasks(sealed, j); err != nil {
-		return err
-	}
-	at, err := w.add(heads, sealed, j.Job.Sequence)
-	if err != nil {
-		return err
-	}
-	w.jobs = append(w.jobs, entry{hash: hashOf(j.Job.Id), account: hashOf(j.Job.Account), sequence: j.Job.Sequence, place: at})
+	w.current = &musterpb.SealedJob{Job: job}
 	f := &w.footer
-	if f.FirstEndedUnixMs == 0 || j.Job.EndedUnixMs < f.FirstEndedUnixMs {
-		f.FirstEndedUnixMs = j.Job.EndedUnixMs
+	if f.FirstEndedUnixMs == 0 || job.EndedUnixMs < f.FirstEndedUnixMs {
+		f.FirstEndedUnixMs = job.EndedUnixMs
 	}
-	f.LastEndedUnixMs = max(f.LastEndedUnixMs, j.Job.EndedUnixMs)
+	f.LastEndedUnixMs = max(f.LastEndedUnixMs, job.EndedUnixMs)
 	return nil
 }
 
-func (w *Writer) checks(sealed *musterpb.SealedJob, j Job) error {
-	list := make([]*musterpb.SealedCheck, len(j.Checks))
-	for i, c := range j.Checks {
-		target, ok := w.position[c.Target]
-		if !ok {
-			return api.Errorf(api.Internal, "check %s of job %s has the target %q, which is not an attempt of it", c.Id, j.Job.Id, c.Target)
-		}
-		list[i] = &musterpb.SealedCheck{Check: c, Target: target}
+// Task adds a task of the job that was begun last.
+func (w *Writer) Task(t *musterpb.Task) error {
+	if w.current == nil || t.Job != w.current.Job.Id {
+		return api.Errorf(api.Internal, "task %d of job %s can't be sealed where job %s was begun last", t.Number, t.Job, w.current.GetJob().GetId())
 	}
-	slices.SortStableFunc(list, func(a, b *musterpb.SealedCheck) int { return cmp.Compare(a.Target, b.Target) })
-	return w.run(checks, &sealed.Checks, len(list), func(i int) (message, uint64, error) { return list[i], list[i].Target, nil })
+	if w.rows[tasks].run.Records > 0 && t.Number <= w.task {
+		return api.Errorf(api.Internal, "task %d of job %s can't be sealed after task %d", t.Number, t.Job, w.task)
+	}
+	w.task = t.Number
+	return w.append(tasks, t)
 }
 
-func (w *Writer) tasks(sealed *musterpb.SealedJob, j Job) error {
-	list := j.Tasks
-	byNumber := func(a, b *musterpb.Task) int { return cmp.Compare(a.Number, b.Number) }
-	if !slices.IsSortedFunc(list, byNumber) {
-		list = slices.SortedFunc(slices.Values(list), byNumber)
+// Attempt adds an attempt of the task that was added last, or of its check.
+func (w *Writer) Attempt(a *musterpb.Attempt) error {
+	if w.current == nil || w.rows[tasks].run.Records == 0 || a.Job != w.current.Job.Id || a.Task != w.task {
+		return api.Errorf(api.Internal, "attempt %s of task %d of job %s can't be sealed where task %d of job %s was added last", a.Id, a.Task, a.Job, w.task, w.current.GetJob().GetId())
 	}
-	var one musterpb.SealedTask
-	return w.run(tasks, &sealed.Tasks, len(list), func(i int) (message, uint64, error) {
-		one.Task, one.Result = list[i], 0
-		if list[i].Result != "" {
-			at, ok := w.position[list[i].Result]
-			if !ok {
-				return nil, 0, api.Errorf(api.Internal, "task %d of job %s has the result %q, which is not an attempt of it", list[i].Number, j.Job.Id, list[i].Result)
-			}
-			one.Result = at + 1
-		}
-		return &one, uint64(list[i].Number), nil
-	})
+	return w.append(attempts, a)
 }
 
-// run adds a row of records. One that does not fit into what is left of the
-// open frame starts the next; one that is longer than a frame fills several,
-// and shares them with no other.
-func (w *Writer) run(k kind, where **musterpb.SealedRun, n int, record func(int) (message, uint64, error)) error {
-	if n == 0 {
+// Check adds the check of a result of the task that was added last.
+func (w *Writer) Check(c *musterpb.Check) error {
+	if w.current == nil || w.rows[tasks].run.Records == 0 || c.Job != w.current.Job.Id {
+		return api.Errorf(api.Internal, "check %s of job %s can't be sealed where job %s was begun last", c.Id, c.Job, w.current.GetJob().GetId())
+	}
+	return w.append(checks, &musterpb.SealedCheck{Check: c, Task: w.task})
+}
+
+// endJob puts the job that was begun last behind its parts.
+func (w *Writer) endJob() error {
+	sealed := w.current
+	if sealed == nil {
+		return w.out.err
+	}
+	sealed.Tasks, sealed.Attempts, sealed.Checks = w.endRun(tasks), w.endRun(attempts), w.endRun(checks)
+	at, err := w.add(heads, sealed, sealed.Job.Sequence)
+	if err != nil {
+		return err
+	}
+	w.jobs = append(w.jobs, entry{hash: hashOf(sealed.Job.Id), account: hashOf(sealed.Job.Account), sequence: sealed.Job.Sequence, place: at})
+	w.current = nil
+	return nil
+}
+
+func (w *Writer) endRun(k kind) *musterpb.SealedRun {
+	r := &w.rows[k]
+	if r.run.Records == 0 {
 		return nil
 	}
-	b := &w.open[k]
-	run := &musterpb.SealedRun{Frame: uint32(len(w.tables[k].Offset)), Offset: uint32(len(b.raw)), Frames: 1, Records: uint64(n)}
-	*where = run
-	before, first := b.records, uint64(0) // records of other runs in the open frame; key of this one's first
-	for i := range n {
-		m, key, err := record(i)
-		if err != nil {
-			return err
-		}
-		if i == 0 {
-			first = key
-		}
-		size := m.SizeVT()
-		if before > 0 && len(b.raw)+size > k.frameTarget() {
-			w.split(k, run, before, first)
-			before = 0
-		}
-		if before == 0 && len(b.raw) > 0 && len(b.raw)+size > k.frameTarget() {
-			w.flush(k)
-			run.Frames++
-		}
-		if err := b.add(m, size, key); err != nil {
-			return err
-		}
-	}
-	if run.Frames > 1 {
+	if r.run.Frames > 1 {
 		w.flush(k)
+	}
+	run := r.run.CloneVT()
+	*r = row{}
+	return run
+}
+
+// append adds a record to a run of the current job; its key is the task. A run
+// that does not fit into what is left of the open frame starts the next; one
+// that is longer than a frame fills several, and shares them with no other.
+func (w *Writer) append(k kind, m message) error {
+	b, r := &w.open[k], &w.rows[k]
+	if r.run.Records == 0 {
+		*r = row{before: b.records, first: uint64(w.task)}
+		r.run = musterpb.SealedRun{Frame: uint32(len(w.tables[k].Offset)), Offset: uint32(len(b.raw)), Frames: 1}
+	}
+	r.run.Records++
+	size := m.SizeVT()
+	if r.before > 0 && len(b.raw)+size > k.frameTarget() {
+		w.split(k, r)
+	}
+	if r.before == 0 && len(b.raw) > 0 && len(b.raw)+size > k.frameTarget() {
+		w.flush(k)
+		r.run.Frames++
+	}
+	if err := b.add(m, size, uint64(w.task)); err != nil {
+		return err
 	}
 	return w.out.err
 }
 
 // split ends a frame before the run that does not fit into it.
-func (w *Writer) split(k kind, run *musterpb.SealedRun, before, first uint64) {
+func (w *Writer) split(k kind, r *row) {
 	b := &w.open[k]
-	moved, records := slices.Clone(b.raw[run.Offset:]), b.records-before
-	b.raw, b.records = b.raw[:run.Offset], before
+	moved, records := slices.Clone(b.raw[r.run.Offset:]), b.records-r.before
+	b.raw, b.records = b.raw[:r.run.Offset], r.before
 	w.flush(k)
-	b.raw, b.records, b.first = append(b.raw, moved...), records, first
-	run.Frame, run.Offset = uint32(len(w.tables[k].Offset)), 0
+	b.raw, b.records, b.first = append(b.raw, moved...), records, r.first
+	r.run.Frame, r.run.Offset, r.before = uint32(len(w.tables[k].Offset)), 0, 0
 }
 
 // add puts one record of a kind whose records stand alone.
@@ -364,6 +356,9 @@ func (w *Writer) Bytes() int64 { return w.out.size }
 // Close writes what leads to the content, and returns what the state keeps of
 // the segment.
 func (w *Writer) Close() (*musterpb.Segment, error) {
+	if err := w.endJob(); err != nil {
+		return nil, err
+	}
 	for k := range bodies { // transfers before filters: their last frame gets one, too
 		w.flush(k)
 	}
