@@ -26,7 +26,7 @@ var floors = [][]string{
 		"verify", "scheduler/ledger", "examples/internal/items",
 	},
 	{"api/client", "scheduler/state"}, // a client reaches blobs, too
-	{"scheduler/place", "scheduler/replica", "worker", "worker/cheat"},
+	{"scheduler/archive", "scheduler/place", "scheduler/replica", "worker", "worker/cheat"},
 	{"scheduler", "api/server"},
 	{"bench/load/fleet", "bench/load/rawraft", "bench/load/report", "cmd/muster/node", "examples/raytrace", "examples/tinylm", "examples/pack", "proto/generate"},
 	{"bench/load/network", "cmd/muster", "examples/demo", ""},
