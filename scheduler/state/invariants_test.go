@@ -79,8 +79,11 @@ func brokenIndex(s *State, bad complain) {
 		}
 		if a.Check == "" && live(a.State) {
 			due[a.Job] += owed(s, a)
-			if a.Batch != 0 {
+			if check := s.checks.Get(checkID(id)); check != nil {
 				undecided[a.Batch]++
+			}
+			if (s.checks.Get(checkID(id)) != nil) != (a.Batch != 0) {
+				bad("attempt %s has batch %d, and has a check: %v", id, a.Batch, a.Batch == 0)
 			}
 		}
 	}
@@ -284,6 +287,10 @@ func brokenAttempt(s *State, a *musterpb.Attempt, bad complain) {
 	}
 	if n := count(s.openBatch, a.Id); n != 0 && n != 1 {
 		bad("attempt %s is in the open batch %d times", a.Id, n)
+	} else if b := s.batches.Get(s.epoch); b != nil && !b.Drawn && slices.Contains(b.Attempts, a.Id) {
+		if n == 1 || a.Batch != 0 || a.State != musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
+			bad("attempt %s (%s, batch %d) is being drawn, and in the open batch: %v", a.Id, StateName(a.State), a.Batch, n == 1)
+		}
 	} else if waits := a.State == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED && a.Check == "" && a.Batch == 0; waits != (n == 1) {
 		bad("attempt %s (%s, batch %d) is in the open batch: %v", a.Id, StateName(a.State), a.Batch, n == 1)
 	}

@@ -122,9 +122,9 @@ func (s *State) ApplyAll(cmds []*musterpb.Command) []*musterpb.Answer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.entry++
-	answers := make([]*musterpb.Answer, len(cmds))
+	answers, block := make([]*musterpb.Answer, len(cmds)), make([]musterpb.Answer, len(cmds))
 	for i, cmd := range cmds {
-		answers[i] = s.apply(cmd)
+		answers[i] = s.apply(cmd, &block[i])
 	}
 	s.sweep(sweepPerEntry)
 	if s.watched.Load() {
@@ -140,7 +140,9 @@ func (s *State) wake() {
 	s.changed = make(chan struct{})
 }
 
-func (s *State) apply(cmd *musterpb.Command) *musterpb.Answer {
+// apply carries out one command and answers it in answer, or with the first
+// answer to its ID.
+func (s *State) apply(cmd *musterpb.Command, answer *musterpb.Answer) *musterpb.Answer {
 	if cmd.Id != "" {
 		if first := s.answered.Get(cmd.Id); first != nil {
 			return first
@@ -148,12 +150,14 @@ func (s *State) apply(cmd *musterpb.Command) *musterpb.Answer {
 	}
 	s.now = max(s.now, cmd.TimeUnixMs)
 	id, err := s.dispatch(cmd)
-	answer := &musterpb.Answer{Id: id}
 	if err != nil {
-		answer = &musterpb.Answer{ErrorKind: uint32(api.KindOf(err)) + 1, Error: err.Error()}
+		answer.ErrorKind, answer.Error = uint32(api.KindOf(err))+1, err.Error()
+	} else {
+		answer.Id = id
 	}
 	if cmd.Id != "" {
-		s.remember(cmd.Id, answer)
+		// One of its own, or all answers to the entry would be remembered with it.
+		s.remember(cmd.Id, &musterpb.Answer{Id: answer.Id, ErrorKind: answer.ErrorKind, Error: answer.Error})
 	}
 	return answer
 }
