@@ -37,6 +37,7 @@ type State struct {
 	journal journal
 	entry   uint64  // counts log entries: a value that this one made may be changed by it again, since nobody saw it
 	sweeps  []sweep // sealed jobs that are not all gone yet; the oldest first
+	sweeper int     // how many of their tasks go with every entry
 
 	changed chan struct{} // closed, and replaced, when commands were applied and somebody waits
 	watched atomic.Bool   // somebody has the channel
@@ -81,7 +82,7 @@ func (k recordKey) hash() uint64 { return table.HashString(k.owner) + table.Hash
 
 // New is the empty state.
 func New() *State {
-	s := &State{data: newData(), index: newIndex(), changed: make(chan struct{})}
+	s := &State{data: newData(), index: newIndex(), sweeper: sweepPerEntry, changed: make(chan struct{})}
 	s.journal.forget()
 	return s
 }
@@ -126,7 +127,7 @@ func (s *State) ApplyAll(cmds []*musterpb.Command) []*musterpb.Answer {
 	for i, cmd := range cmds {
 		answers[i] = s.apply(cmd, &block[i])
 	}
-	s.sweep(sweepPerEntry)
+	s.sweep(s.sweeper)
 	if s.watched.Load() {
 		s.wake()
 	}
