@@ -62,6 +62,8 @@ var measurements = []measurement{
 	{"failover", []string{"failover_"}, (*bench).failover},
 	{"cost", []string{"cost_"}, (*bench).cost},
 	{"memory", []string{"heap_bytes_per_"}, (*bench).memory},
+	{"restart", []string{"restart_s", "snapshot_pause_"}, (*bench).restart},
+	{"copy", []string{"blob_"}, (*bench).copies},
 	{"transfers", []string{"transfers_", "raw_raft_transfers_"}, (*bench).transfers},
 }
 

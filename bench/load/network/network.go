@@ -358,3 +358,17 @@ func Poll(ctx context.Context, every time.Duration, f func() (bool, error)) erro
 		}
 	}
 }
+
+// Node is a scheduler's identity, and the address of its Raft transport.
+func (n *Network) Node(ctx context.Context, i int) (id api.NodeID, raft string, err error) {
+	m, err := n.status(ctx, n.light[i])
+	if err != nil {
+		return "", "", err
+	}
+	for _, node := range m.Nodes {
+		if node.ApiAddress == n.Addresses[i] {
+			return api.NodeID(node.Id), node.RaftAddress, nil
+		}
+	}
+	return "", "", api.Errorf(api.NotFound, "scheduler %d is not a member of its cluster", i)
+}
