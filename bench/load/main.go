@@ -64,6 +64,7 @@ var measurements = []measurement{
 	{"memory", []string{"heap_bytes_per_"}, (*bench).memory},
 	{"restart", []string{"restart_s", "snapshot_pause_"}, (*bench).restart},
 	{"copy", []string{"blob_"}, (*bench).copies},
+	{"docker", []string{"docker_", "start_overhead_"}, (*bench).docker},
 	{"transfers", []string{"transfers_", "raw_raft_transfers_"}, (*bench).transfers},
 }
 
