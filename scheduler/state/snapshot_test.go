@@ -125,6 +125,7 @@ func must1[T any](v T, err error) T {
 // useAll reads everything, as the leader's loops do.
 func useAll(s *State) {
 	s.Queued()
+	s.Sealable(100)
 	s.ToCompare()
 	s.Committed()
 	s.Drawing()
