@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"time"
 
 	"github.com/musternet/muster/api"
 )
@@ -36,6 +37,7 @@ type tee struct {
 	here  staged
 	first []byte // what has not been sent on yet; nil once there are sinks
 	sinks []*sink
+	room  chan struct{} // capacity 1: some sink took a piece, or broke
 }
 
 func (t *tee) length() int64 { return t.here.length() }
@@ -71,14 +73,14 @@ func (t *tee) send(ctx context.Context, p []byte) error {
 func (t *tee) open() error {
 	s := t.store
 	peers := s.peers()
-	t.sinks = make([]*sink, 0, len(peers))
+	t.sinks, t.room = make([]*sink, 0, len(peers)), make(chan struct{}, 1)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
 		return api.Errorf(api.Unavailable, "the scheduler is shutting down")
 	}
 	for _, peer := range peers {
-		k := &sink{peer: peer, pieces: make(chan filled, maxQueued), done: make(chan struct{})}
+		k := &sink{peer: peer, room: t.room, patience: patience, pieces: make(chan filled, maxQueued), done: make(chan struct{})}
 		k.ctx, k.cancel = context.WithTimeout(s.ctx, copyTimeout)
 		t.sinks = append(t.sinks, k)
 		s.copies.Go(k.run)
@@ -86,34 +88,65 @@ func (t *tee) open() error {
 	return nil
 }
 
-// queue gives p to every peer. One that is behind is waited for only while the
-// blob would have too few copies without it; the others get theirs afterwards.
+// How long a sender waits for peers that are behind: for one that it could do
+// without, in the whole transfer; and for the majority, each time. Who is still
+// behind then gets its copy afterwards.
+const (
+	patience       = time.Second
+	patienceNeeded = 10 * time.Second
+)
+
+// queue gives p to every peer that keeps up.
 func (t *tee) queue(ctx context.Context, p []byte) error {
-	keepUp := 1
-	var behind []*sink
+	need := t.store.need()
+	behind := make([]*sink, 0, len(t.sinks))
 	for _, k := range t.sinks {
-		switch {
-		case k.lost:
-		case k.offer(p):
-			keepUp++
-		default:
+		if !k.lost {
 			behind = append(behind, k)
 		}
 	}
-	need := t.store.need()
-	for _, k := range behind {
+	deadline := time.Time{} // set once somebody is waited for
+	for keepUp := 1; ; {
+		waiting := behind[:0]
+		for _, k := range behind {
+			switch {
+			case k.ctx.Err() != nil:
+				k.lose()
+			case k.offer(p):
+				keepUp++
+			default:
+				waiting = append(waiting, k)
+			}
+		}
+		if behind = waiting; len(behind) == 0 {
+			return nil
+		}
+		now := time.Now()
+		if deadline.IsZero() {
+			deadline = now.Add(patienceNeeded)
+		}
+		wait := deadline.Sub(now)
 		if keepUp >= need {
-			k.lose()
+			wait = behind[0].patience
+		}
+		if wait <= 0 {
+			behind[0].lose()
 			continue
 		}
-		if err := k.wait(ctx, p); err != nil {
-			return err
+		timer := time.NewTimer(wait)
+		select {
+		case <-t.room:
+		case <-timer.C:
+		case <-ctx.Done():
 		}
-		if !k.lost {
-			keepUp++
+		timer.Stop()
+		if ctx.Err() != nil {
+			return api.Errorf(api.Unavailable, "the transfer was given up: %w", ctx.Err())
+		}
+		for _, k := range behind {
+			k.patience -= time.Since(now)
 		}
 	}
-	return nil
 }
 
 // commit makes the blob durable here and on enough peers. Those whose stream
@@ -194,8 +227,11 @@ type sink struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	pieces chan filled
-	lost   bool // the stream is not fed any more
-	once   sync.Once
+	room   chan struct{} // the tee's
+	lost   bool          // the stream is not fed any more
+	// patience is how long the peer may still be waited for without need.
+	patience time.Duration
+	once     sync.Once
 
 	// Set by run, to be read once done is closed.
 	done   chan struct{}
@@ -209,23 +245,28 @@ var errBehind = errors.New("the peer could not keep up")
 func (k *sink) run() {
 	defer close(k.done)
 	defer k.drain()
-	at, ok := k.peer.(stager)
-	if !ok {
-		k.err = errors.New("the peer takes no blob in parts")
+	if k.err = k.stream(); k.err == nil {
 		return
 	}
-	if k.staged, k.err = at.stage(k.ctx); k.err == nil {
-		k.err = k.staged.append(newIntake(k.ctx, &pieceReader{k: k}, NoLimit))
+	k.cancel()
+	k.tell() // whoever waits for room must not
+	if k.staged != nil {
+		k.staged.discard()
 	}
-	if k.err == nil && k.ctx.Err() != nil {
-		k.err = k.ctx.Err()
+}
+
+func (k *sink) stream() (err error) {
+	at, ok := k.peer.(stager)
+	if !ok {
+		return errors.New("the peer takes no blob in parts")
 	}
-	if k.err != nil {
-		k.cancel() // whoever waits to send must not
-		if k.staged != nil {
-			k.staged.discard()
-		}
+	if k.staged, err = at.stage(k.ctx); err != nil {
+		return err
 	}
+	if err := k.staged.append(newIntake(k.ctx, &pieceReader{k: k}, NoLimit)); err != nil {
+		return err
+	}
+	return k.ctx.Err()
 }
 
 // drain returns what nobody will send to the pool. The queue is closed by then
@@ -258,20 +299,12 @@ func fill(p []byte) filled {
 	return filled{piece, copy(piece[:], p)}
 }
 
-// wait queues p once there is room, or loses the peer.
-func (k *sink) wait(ctx context.Context, p []byte) error {
-	f := fill(p)
+// tell says that it is worth offering again.
+func (k *sink) tell() {
 	select {
-	case k.pieces <- f:
-		return nil
-	case <-k.ctx.Done():
-		k.lose()
-	case <-ctx.Done():
-		pieces.Put(f.piece)
-		return api.Errorf(api.Unavailable, "the transfer was given up: %w", ctx.Err())
+	case k.room <- struct{}{}:
+	default:
 	}
-	pieces.Put(f.piece)
-	return nil
 }
 
 // lose ends a stream that cannot become the whole blob.
@@ -334,6 +367,7 @@ func (r *pieceReader) Read(p []byte) (int, error) {
 				return 0, io.EOF
 			}
 			r.last = f
+			r.k.tell()
 		case <-r.k.ctx.Done():
 			return 0, api.Errorf(api.Unavailable, "the stream was given up: %w", r.k.ctx.Err())
 		}

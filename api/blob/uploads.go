@@ -62,6 +62,9 @@ func (h *handler) upload(w http.ResponseWriter, r *http.Request, store Store, ca
 		if err != nil {
 			return err
 		}
+		if r.Context().Err() != nil {
+			h.uploads.drop(s) // nobody will hear its name
+		}
 		return writeUpload(w, http.StatusCreated, s.id, 0)
 	}
 	switch r.Method {
@@ -160,7 +163,7 @@ func (u *uploads) begin(ctx context.Context, at stager, caller Caller, size int6
 		return nil, err
 	}
 	u.mu.Lock()
-	s.expiry = time.AfterFunc(uploadExpires, func() { u.expire(s) })
+	s.expiry = time.AfterFunc(uploadExpires, func() { u.drop(s) })
 	u.mu.Unlock()
 	u.release(s)
 	return s, nil
@@ -248,8 +251,8 @@ func (u *uploads) forget(s *session) {
 	delete(u.sessions, s.id)
 }
 
-// expire ends a session that nobody uses.
-func (u *uploads) expire(s *session) {
+// drop ends a session that nobody uses.
+func (u *uploads) drop(s *session) {
 	select {
 	case s.turn <- struct{}{}:
 		u.mu.Lock()
