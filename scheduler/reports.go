@@ -98,10 +98,7 @@ func (l *leader) results(worker string, r *musterpb.Reports, receivedUnixMS int6
 			small = append(small, o)
 			continue
 		}
-		l.examine(job.Account, o.commit.Attempt, func(ctx context.Context) error {
-			l.commit(ctx, o)
-			return nil
-		})
+		l.examine(job.Account, o.commit.Attempt, func(ctx context.Context) (func(), error) { return l.commit(ctx, o), nil })
 	}
 	small = l.reserve(small)
 	var good []*offer
@@ -179,30 +176,30 @@ func (l *leader) release(offers []*offer) {
 	}
 }
 
-// commit examines a result and enters it into the log. Where this side is at
-// fault it does not answer: the worker offers the result again.
-func (l *leader) commit(ctx context.Context, o *offer) {
+// commit examines a result, and returns what enters it into the log or refuses
+// it. Where this side is at fault it does not answer: the worker offers the
+// result again.
+func (l *leader) commit(ctx context.Context, o *offer) (then func()) {
 	if l.answered(o.worker, o.commit) {
-		return
+		return func() {}
 	}
 	a := l.State.Attempt(o.commit.Attempt)
 	if o.inline() {
 		if err := l.checkInline(ctx, a, o); err != nil {
-			l.refuse(o, err, errors.Is(ctx.Err(), context.DeadlineExceeded))
-			return
+			timedOut := errors.Is(ctx.Err(), context.DeadlineExceeded)
+			return func() { l.refuse(o, err, timedOut) }
 		}
-		l.enter(ctx, []*offer{o})
-		return
+		return func() { l.enter([]*offer{o}) }
 	}
 	if a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
 		// Examining may take long, and the start should not wait for it.
 		l.proposeBeside([]*musterpb.Command{startOf(a.Id, o.receivedUnixMS)})
 	}
 	if err := l.checkResult(ctx, a, o); err != nil {
-		l.refuse(o, err, errors.Is(ctx.Err(), context.DeadlineExceeded))
-		return
+		timedOut := errors.Is(ctx.Err(), context.DeadlineExceeded)
+		return func() { l.refuse(o, err, timedOut) }
 	}
-	l.propose([]*offer{o}, make([]*musterpb.Stored, 1))
+	return func() { l.propose([]*offer{o}, make([]*musterpb.Stored, 1)) }
 }
 
 // propose enters examined results into the log, and answers the workers.
@@ -268,8 +265,10 @@ func (l *leader) refuse(o *offer, err error, timedOut bool) {
 	l.outcome(o.worker, id, err)
 }
 
-// enter stores one result that came along by itself, and enters it.
-func (l *leader) enter(ctx context.Context, offers []*offer) {
+// enter stores results that came along, and enters them.
+func (l *leader) enter(offers []*offer) {
+	ctx, cancel := context.WithTimeout(l.ctx, storeWithin)
+	defer cancel()
 	stored, err := l.store(ctx, offers)
 	if err != nil {
 		l.Logger.Warn("results could not be stored; their workers offer them again", "results", len(offers), "err", err)

@@ -5,9 +5,12 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
+
+	"google.golang.org/protobuf/proto"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
@@ -39,6 +42,8 @@ type session struct {
 	mu      sync.Mutex
 	digests map[string]bool // guarded by mu; what the worker's cache holds
 	heard   time.Time       // guarded by mu; of the newest heartbeat
+
+	wasHeard bool // guarded by the leader's mu; what placement was told last
 }
 
 func (s *session) close() { s.once.Do(func() { close(s.done) }) }
@@ -101,7 +106,7 @@ func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) erro
 	}
 	sess := &session{
 		worker: id, owner: owner, outbox: newOutbox(), done: make(chan struct{}), digests: map[string]bool{},
-		heard: time.Now(),
+		heard: time.Now(), wasHeard: true,
 	}
 	welcome, err := l.attach(sess, running)
 	if err != nil {
@@ -211,6 +216,9 @@ func checkHello(hello *musterpb.WorkerHello) error {
 	if n := hello.SizeVT(); n > maxHello {
 		return api.Errorf(api.Invalid, "worker %s describes itself with %d bytes, at most %d are taken", id, n, maxHello)
 	}
+	if _, err := proto.Marshal(hello); err != nil { // the session's codec takes any text
+		return api.Errorf(api.Invalid, "worker %s describes itself with text that is no UTF-8: %w", id, err)
+	}
 	seen := map[string]bool{}
 	for _, d := range hello.Capacity.GetDevices() {
 		if d.Uuid == "" || seen[d.Uuid] {
@@ -238,7 +246,7 @@ func (l *leader) attach(sess *session, running []string) (*musterpb.Welcome, err
 	l.mu.Unlock()
 	l.handOut(sess, running)
 	l.Logger.Info("worker connected", "worker", sess.worker, "owner", sess.owner, "keeps", len(welcome.Keep), "stops", len(welcome.Stop))
-	l.nudge()
+	l.touch(sess.worker)
 	return welcome, nil
 }
 
@@ -340,6 +348,7 @@ func (l *leader) detach(sess *session) {
 		return
 	}
 	delete(l.sessions, sess.worker)
+	l.touched[sess.worker] = struct{}{}
 	grace := time.Now().Add(l.Timing.ReconnectGrace)
 	for _, lease := range l.leases {
 		if lease.worker == sess.worker && lease.deadline.After(grace) {
@@ -431,17 +440,31 @@ func (l *leader) heartbeat(sess *session, h *musterpb.Heartbeat) {
 		}
 	}
 	l.mu.Unlock()
-	sess.mu.Lock()
-	defer sess.mu.Unlock()
-	sess.heard = time.Now()
+	if sess.hear(h) {
+		l.touch(sess.worker)
+	}
+}
+
+// hear takes up what a heartbeat says of the worker, and reports whether its
+// cache changed.
+func (s *session) hear(h *musterpb.Heartbeat) (changed bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.heard = time.Now()
+	before := s.digests
 	if h.Full {
-		sess.digests = map[string]bool{}
+		s.digests = map[string]bool{}
 	}
 	for _, digest := range h.Cached {
-		if _, err := api.ParseDigest(digest); err == nil && len(sess.digests) < maxCached {
-			sess.digests[digest] = true
+		if _, err := api.ParseDigest(digest); err == nil && len(s.digests) < maxCached && !s.digests[digest] {
+			s.digests[digest] = true
+			changed = true
 		}
 	}
+	if h.Full {
+		return !maps.Equal(before, s.digests)
+	}
+	return changed
 }
 
 func (l *leader) examined(id string) bool {

@@ -140,9 +140,11 @@ func (r *rig) propose(cmd *musterpb.Command) string {
 }
 
 // submit submits a job of so many tasks with one item each.
-func (r *rig) submit(tasks int) (job string) {
+func (r *rig) submit(tasks int) (job string) { return r.submitFor("acme", tasks) }
+
+func (r *rig) submitFor(account string, tasks int) (job string) {
 	return r.propose(&musterpb.Command{Body: &musterpb.Command_SubmitJob{SubmitJob: &musterpb.SubmitJob{
-		Job: newID("job-"), Account: "acme", PermutationKey: make([]byte, 32), Spec: &musterpb.JobSpec{
+		Job: newID("job-"), Account: account, PermutationKey: make([]byte, 32), Spec: &musterpb.JobSpec{
 			Name:  "job",
 			Image: &musterpb.Image{Kind: musterpb.ImageKind_IMAGE_KIND_WASM, Digest: string(api.DigestOf([]byte("image"))), SizeBytes: 5, Name: "p.wasm"},
 			Items: &musterpb.Items{Count: uint64(tasks)}, Chunk: 1, TimeoutMs: 60_000, Retries: 10, MaxPriceMicroUsdPerHour: 1e6, BudgetMicroUsd: 1e9,

@@ -123,7 +123,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
 	watching.Go(func() { w.watchGPUs(watchCtx) })
-	for wait := time.Duration(0); ; wait = min(2*wait+100*time.Millisecond, maxRedial) {
+	for wait := time.Duration(0); ; wait = client.Redial(wait) {
 		began := time.Now()
 		err := w.connect(ctx)
 		if ctx.Err() != nil {
@@ -132,7 +132,7 @@ func (w *Worker) Run(ctx context.Context) error {
 		if refused := (*refusal)(nil); errors.As(err, &refused) {
 			return fmt.Errorf("the schedulers refuse this worker: %w", refused.err)
 		}
-		if time.Since(began) > maxRedial {
+		if time.Since(began) > client.MaxRedial {
 			wait = 0 // it was a good session; dial again at once
 		}
 		// During an election two schedulers may each name the other.
@@ -152,12 +152,9 @@ func (w *Worker) Run(ctx context.Context) error {
 	}
 }
 
-// maxRedial is the longest pause between two dials, maxRedirect that before the
-// leader is dialled which another scheduler named.
-const (
-	maxRedial   = 5 * time.Second
-	maxRedirect = 200 * time.Millisecond
-)
+// maxRedirect is the longest pause before the leader is dialled that another
+// scheduler named.
+const maxRedirect = 200 * time.Millisecond
 
 // stopAll ends what still runs and waits until nothing of it is left.
 func (w *Worker) stopAll() {

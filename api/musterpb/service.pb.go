@@ -128,7 +128,8 @@ func (x *SubmitJobResponse) GetJob() string {
 type GetJobRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Job           string                 `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
-	Detail        bool                   `protobuf:"varint,2,opt,name=detail,proto3" json:"detail,omitempty"` // with attempts and checks
+	Detail        bool                   `protobuf:"varint,2,opt,name=detail,proto3" json:"detail,omitempty"`                        // with attempts and checks
+	AfterTask     uint32                 `protobuf:"varint,3,opt,name=after_task,json=afterTask,proto3" json:"after_task,omitempty"` // page of the detail: tasks from this number on
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -177,11 +178,22 @@ func (x *GetJobRequest) GetDetail() bool {
 	return false
 }
 
+func (x *GetJobRequest) GetAfterTask() uint32 {
+	if x != nil {
+		return x.AfterTask
+	}
+	return 0
+}
+
+// GetJobResponse has the attempts and checks of some of the tasks where there
+// are many; put together, they are to be sorted again. A watch sends the job's
+// specification and permutation key once, and again only after they changed.
 type GetJobResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Job           *Job                   `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
 	Attempts      []*Attempt             `protobuf:"bytes,2,rep,name=attempts,proto3" json:"attempts,omitempty"`
 	Checks        []*Check               `protobuf:"bytes,3,rep,name=checks,proto3" json:"checks,omitempty"`
+	NextTask      uint32                 `protobuf:"varint,4,opt,name=next_task,json=nextTask,proto3" json:"next_task,omitempty"` // 0: that was all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -237,10 +249,18 @@ func (x *GetJobResponse) GetChecks() []*Check {
 	return nil
 }
 
+func (x *GetJobResponse) GetNextTask() uint32 {
+	if x != nil {
+		return x.NextTask
+	}
+	return 0
+}
+
 type ListJobsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Account       string                 `protobuf:"bytes,1,opt,name=account,proto3" json:"account,omitempty"` // admins: empty is all
 	Limit         uint32                 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`    // newest first; 0 is 100, at most 1000
+	Before        uint64                 `protobuf:"varint,3,opt,name=before,proto3" json:"before,omitempty"`  // page: jobs submitted before the one with this sequence; 0: from the newest on
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -285,6 +305,13 @@ func (x *ListJobsRequest) GetAccount() string {
 func (x *ListJobsRequest) GetLimit() uint32 {
 	if x != nil {
 		return x.Limit
+	}
+	return 0
+}
+
+func (x *ListJobsRequest) GetBefore() uint64 {
+	if x != nil {
+		return x.Before
 	}
 	return 0
 }
@@ -836,7 +863,8 @@ func (x *TaskResult) GetArchiveBytes() int64 {
 type GetLogsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Job           string                 `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
-	Attempt       string                 `protobuf:"bytes,2,opt,name=attempt,proto3" json:"attempt,omitempty"` // empty: every attempt of the job that has a log
+	Attempt       string                 `protobuf:"bytes,2,opt,name=attempt,proto3" json:"attempt,omitempty"`                       // empty: every attempt of the job that has a log
+	AfterTask     uint32                 `protobuf:"varint,3,opt,name=after_task,json=afterTask,proto3" json:"after_task,omitempty"` // page: tasks from this number on
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -885,9 +913,17 @@ func (x *GetLogsRequest) GetAttempt() string {
 	return ""
 }
 
+func (x *GetLogsRequest) GetAfterTask() uint32 {
+	if x != nil {
+		return x.AfterTask
+	}
+	return 0
+}
+
 type GetLogsResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Logs          []*AttemptLog          `protobuf:"bytes,1,rep,name=logs,proto3" json:"logs,omitempty"`
+	NextTask      uint32                 `protobuf:"varint,2,opt,name=next_task,json=nextTask,proto3" json:"next_task,omitempty"` // 0: that was all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -927,6 +963,13 @@ func (x *GetLogsResponse) GetLogs() []*AttemptLog {
 		return x.Logs
 	}
 	return nil
+}
+
+func (x *GetLogsResponse) GetNextTask() uint32 {
+	if x != nil {
+		return x.NextTask
+	}
+	return 0
 }
 
 type AttemptLog struct {
@@ -2243,8 +2286,8 @@ type Reports struct {
 	Started []string               `protobuf:"bytes,1,rep,name=started,proto3" json:"started,omitempty"` // attempts that began
 	Commits []*Commit              `protobuf:"bytes,2,rep,name=commits,proto3" json:"commits,omitempty"` // one signature covers those that are sent together
 	Failed  []*AttemptFailed       `protobuf:"bytes,3,rep,name=failed,proto3" json:"failed,omitempty"`
-	// Small manifests and outputs that the commits name. Others are uploaded
-	// before their commit is sent.
+	// Manifests, outputs and logs that the commits name: all of a commit's, where
+	// each is small. Those of other commits are uploaded before they are sent.
 	Blobs         [][]byte `protobuf:"bytes,4,rep,name=blobs,proto3" json:"blobs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3405,17 +3448,21 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x04spec\x18\x02 \x01(\v2\x12.muster.v1.JobSpecR\x04spec\x12\x18\n" +
 	"\aaccount\x18\x03 \x01(\tR\aaccount\"%\n" +
 	"\x11SubmitJobResponse\x12\x10\n" +
-	"\x03job\x18\x01 \x01(\tR\x03job\"9\n" +
+	"\x03job\x18\x01 \x01(\tR\x03job\"X\n" +
 	"\rGetJobRequest\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x16\n" +
-	"\x06detail\x18\x02 \x01(\bR\x06detail\"\x8c\x01\n" +
+	"\x06detail\x18\x02 \x01(\bR\x06detail\x12\x1d\n" +
+	"\n" +
+	"after_task\x18\x03 \x01(\rR\tafterTask\"\xa9\x01\n" +
 	"\x0eGetJobResponse\x12 \n" +
 	"\x03job\x18\x01 \x01(\v2\x0e.muster.v1.JobR\x03job\x12.\n" +
 	"\battempts\x18\x02 \x03(\v2\x12.muster.v1.AttemptR\battempts\x12(\n" +
-	"\x06checks\x18\x03 \x03(\v2\x10.muster.v1.CheckR\x06checks\"A\n" +
+	"\x06checks\x18\x03 \x03(\v2\x10.muster.v1.CheckR\x06checks\x12\x1b\n" +
+	"\tnext_task\x18\x04 \x01(\rR\bnextTask\"Y\n" +
 	"\x0fListJobsRequest\x12\x18\n" +
 	"\aaccount\x18\x01 \x01(\tR\aaccount\x12\x14\n" +
-	"\x05limit\x18\x02 \x01(\rR\x05limit\"6\n" +
+	"\x05limit\x18\x02 \x01(\rR\x05limit\x12\x16\n" +
+	"\x06before\x18\x03 \x01(\x04R\x06before\"6\n" +
 	"\x10ListJobsResponse\x12\"\n" +
 	"\x04jobs\x18\x01 \x03(\v2\x0e.muster.v1.JobR\x04jobs\"$\n" +
 	"\x10CancelJobRequest\x12\x10\n" +
@@ -3450,12 +3497,15 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x0earchive_digest\x18\x04 \x01(\tR\rarchiveDigest\x12\x1a\n" +
 	"\bverified\x18\x05 \x01(\bR\bverified\x12)\n" +
 	"\x06stored\x18\x06 \x01(\v2\x11.muster.v1.StoredR\x06stored\x12#\n" +
-	"\rarchive_bytes\x18\a \x01(\x03R\farchiveBytes\"<\n" +
+	"\rarchive_bytes\x18\a \x01(\x03R\farchiveBytes\"[\n" +
 	"\x0eGetLogsRequest\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x18\n" +
-	"\aattempt\x18\x02 \x01(\tR\aattempt\"<\n" +
+	"\aattempt\x18\x02 \x01(\tR\aattempt\x12\x1d\n" +
+	"\n" +
+	"after_task\x18\x03 \x01(\rR\tafterTask\"Y\n" +
 	"\x0fGetLogsResponse\x12)\n" +
-	"\x04logs\x18\x01 \x03(\v2\x15.muster.v1.AttemptLogR\x04logs\"\xdf\x01\n" +
+	"\x04logs\x18\x01 \x03(\v2\x15.muster.v1.AttemptLogR\x04logs\x12\x1b\n" +
+	"\tnext_task\x18\x02 \x01(\rR\bnextTask\"\xdf\x01\n" +
 	"\n" +
 	"AttemptLog\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12\x12\n" +

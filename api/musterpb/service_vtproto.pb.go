@@ -62,6 +62,7 @@ func (m *GetJobRequest) CloneVT() *GetJobRequest {
 	r := new(GetJobRequest)
 	r.Job = m.Job
 	r.Detail = m.Detail
+	r.AfterTask = m.AfterTask
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -79,6 +80,7 @@ func (m *GetJobResponse) CloneVT() *GetJobResponse {
 	}
 	r := new(GetJobResponse)
 	r.Job = m.Job.CloneVT()
+	r.NextTask = m.NextTask
 	if rhs := m.Attempts; rhs != nil {
 		tmpContainer := make([]*Attempt, len(rhs))
 		for k, v := range rhs {
@@ -111,6 +113,7 @@ func (m *ListJobsRequest) CloneVT() *ListJobsRequest {
 	r := new(ListJobsRequest)
 	r.Account = m.Account
 	r.Limit = m.Limit
+	r.Before = m.Before
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -330,6 +333,7 @@ func (m *GetLogsRequest) CloneVT() *GetLogsRequest {
 	r := new(GetLogsRequest)
 	r.Job = m.Job
 	r.Attempt = m.Attempt
+	r.AfterTask = m.AfterTask
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -346,6 +350,7 @@ func (m *GetLogsResponse) CloneVT() *GetLogsResponse {
 		return (*GetLogsResponse)(nil)
 	}
 	r := new(GetLogsResponse)
+	r.NextTask = m.NextTask
 	if rhs := m.Logs; rhs != nil {
 		tmpContainer := make([]*AttemptLog, len(rhs))
 		for k, v := range rhs {
@@ -1387,6 +1392,9 @@ func (this *GetJobRequest) EqualVT(that *GetJobRequest) bool {
 	if this.Detail != that.Detail {
 		return false
 	}
+	if this.AfterTask != that.AfterTask {
+		return false
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
@@ -1440,6 +1448,9 @@ func (this *GetJobResponse) EqualVT(that *GetJobResponse) bool {
 			}
 		}
 	}
+	if this.NextTask != that.NextTask {
+		return false
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
@@ -1460,6 +1471,9 @@ func (this *ListJobsRequest) EqualVT(that *ListJobsRequest) bool {
 		return false
 	}
 	if this.Limit != that.Limit {
+		return false
+	}
+	if this.Before != that.Before {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -1755,6 +1769,9 @@ func (this *GetLogsRequest) EqualVT(that *GetLogsRequest) bool {
 	if this.Attempt != that.Attempt {
 		return false
 	}
+	if this.AfterTask != that.AfterTask {
+		return false
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
@@ -1787,6 +1804,9 @@ func (this *GetLogsResponse) EqualVT(that *GetLogsResponse) bool {
 				return false
 			}
 		}
+	}
+	if this.NextTask != that.NextTask {
+		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
@@ -3354,6 +3374,11 @@ func (m *GetJobRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.AfterTask != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AfterTask))
+		i--
+		dAtA[i] = 0x18
+	}
 	if m.Detail {
 		i--
 		if m.Detail {
@@ -3403,6 +3428,11 @@ func (m *GetJobResponse) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.NextTask != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.NextTask))
+		i--
+		dAtA[i] = 0x20
 	}
 	if len(m.Checks) > 0 {
 		for iNdEx := len(m.Checks) - 1; iNdEx >= 0; iNdEx-- {
@@ -3470,6 +3500,11 @@ func (m *ListJobsRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.Before != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Before))
+		i--
+		dAtA[i] = 0x18
 	}
 	if m.Limit != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Limit))
@@ -4015,6 +4050,11 @@ func (m *GetLogsRequest) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.AfterTask != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.AfterTask))
+		i--
+		dAtA[i] = 0x18
+	}
 	if len(m.Attempt) > 0 {
 		i -= len(m.Attempt)
 		copy(dAtA[i:], m.Attempt)
@@ -4061,6 +4101,11 @@ func (m *GetLogsResponse) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.NextTask != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.NextTask))
+		i--
+		dAtA[i] = 0x10
 	}
 	if len(m.Logs) > 0 {
 		for iNdEx := len(m.Logs) - 1; iNdEx >= 0; iNdEx-- {
@@ -6490,6 +6535,9 @@ func (m *GetJobRequest) SizeVT() (n int) {
 	if m.Detail {
 		n += 2
 	}
+	if m.AfterTask != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.AfterTask))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -6516,6 +6564,9 @@ func (m *GetJobResponse) SizeVT() (n int) {
 			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 		}
 	}
+	if m.NextTask != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.NextTask))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -6532,6 +6583,9 @@ func (m *ListJobsRequest) SizeVT() (n int) {
 	}
 	if m.Limit != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.Limit))
+	}
+	if m.Before != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Before))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -6739,6 +6793,9 @@ func (m *GetLogsRequest) SizeVT() (n int) {
 	if l > 0 {
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
+	if m.AfterTask != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.AfterTask))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -6754,6 +6811,9 @@ func (m *GetLogsResponse) SizeVT() (n int) {
 			l = e.SizeVT()
 			n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 		}
+	}
+	if m.NextTask != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.NextTask))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -8042,6 +8102,25 @@ func (m *GetJobRequest) UnmarshalVT(dAtA []byte) error {
 				}
 			}
 			m.Detail = bool(v != 0)
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field AfterTask", wireType)
+			}
+			m.AfterTask = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.AfterTask |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -8197,6 +8276,25 @@ func (m *GetJobResponse) UnmarshalVT(dAtA []byte) error {
 				return err
 			}
 			iNdEx = postIndex
+		case 4:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field NextTask", wireType)
+			}
+			m.NextTask = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.NextTask |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -8295,6 +8393,25 @@ func (m *ListJobsRequest) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.Limit |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Before", wireType)
+			}
+			m.Before = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Before |= uint64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}
@@ -9542,6 +9659,25 @@ func (m *GetLogsRequest) UnmarshalVT(dAtA []byte) error {
 			}
 			m.Attempt = string(dAtA[iNdEx:postIndex])
 			iNdEx = postIndex
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field AfterTask", wireType)
+			}
+			m.AfterTask = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.AfterTask |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -9627,6 +9763,25 @@ func (m *GetLogsResponse) UnmarshalVT(dAtA []byte) error {
 				return err
 			}
 			iNdEx = postIndex
+		case 2:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field NextTask", wireType)
+			}
+			m.NextTask = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.NextTask |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

@@ -1122,9 +1122,10 @@ type Job struct {
 	CheckedItems    uint64                 `protobuf:"varint,19,opt,name=checked_items,json=checkedItems,proto3" json:"checked_items,omitempty"`
 	Caught          uint64                 `protobuf:"varint,20,opt,name=caught,proto3" json:"caught,omitempty"`
 	SpentMicroUsd   int64                  `protobuf:"varint,21,opt,name=spent_micro_usd,json=spentMicroUsd,proto3" json:"spent_micro_usd,omitempty"`
-	LiveAttempts    uint32                 `protobuf:"varint,22,opt,name=live_attempts,json=liveAttempts,proto3" json:"live_attempts,omitempty"` // whose hold is open
-	OpenChecks      uint32                 `protobuf:"varint,23,opt,name=open_checks,json=openChecks,proto3" json:"open_checks,omitempty"`       // that have no verdict yet
-	Settled         bool                   `protobuf:"varint,24,opt,name=settled,proto3" json:"settled,omitempty"`                               // nothing of it can cost or pay any more
+	LiveAttempts    uint32                 `protobuf:"varint,22,opt,name=live_attempts,json=liveAttempts,proto3" json:"live_attempts,omitempty"`          // whose hold is open
+	OpenChecks      uint32                 `protobuf:"varint,23,opt,name=open_checks,json=openChecks,proto3" json:"open_checks,omitempty"`                // that have no verdict yet
+	Settled         bool                   `protobuf:"varint,24,opt,name=settled,proto3" json:"settled,omitempty"`                                        // nothing of it can cost or pay any more
+	SettledTransfer uint64                 `protobuf:"varint,25,opt,name=settled_transfer,json=settledTransfer,proto3" json:"settled_transfer,omitempty"` // the newest transfer when it settled; all of its own are among those
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1325,6 +1326,13 @@ func (x *Job) GetSettled() bool {
 		return x.Settled
 	}
 	return false
+}
+
+func (x *Job) GetSettledTransfer() uint64 {
+	if x != nil {
+		return x.SettledTransfer
+	}
+	return 0
 }
 
 type Task struct {
@@ -3397,7 +3405,7 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x05class\x18\x02 \x01(\tR\x05class\x12 \n" +
 	"\vapplication\x18\x03 \x01(\tR\vapplication\x12\x16\n" +
 	"\x06passed\x18\x04 \x01(\x04R\x06passed\x12\x1a\n" +
-	"\boffences\x18\x05 \x01(\x04R\boffences\"\x84\x06\n" +
+	"\boffences\x18\x05 \x01(\x04R\boffences\"\xaf\x06\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaccount\x18\x02 \x01(\tR\aaccount\x12&\n" +
@@ -3424,7 +3432,8 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\rlive_attempts\x18\x16 \x01(\rR\fliveAttempts\x12\x1f\n" +
 	"\vopen_checks\x18\x17 \x01(\rR\n" +
 	"openChecks\x12\x18\n" +
-	"\asettled\x18\x18 \x01(\bR\asettled\"\xb7\x02\n" +
+	"\asettled\x18\x18 \x01(\bR\asettled\x12)\n" +
+	"\x10settled_transfer\x18\x19 \x01(\x04R\x0fsettledTransfer\"\xb7\x02\n" +
 	"\x04Task\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\rR\x06number\x12*\n" +

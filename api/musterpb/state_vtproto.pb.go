@@ -237,6 +237,7 @@ func (m *Job) CloneVT() *Job {
 	r.LiveAttempts = m.LiveAttempts
 	r.OpenChecks = m.OpenChecks
 	r.Settled = m.Settled
+	r.SettledTransfer = m.SettledTransfer
 	if rhs := m.PermutationKey; rhs != nil {
 		tmpBytes := make([]byte, len(rhs))
 		copy(tmpBytes, rhs)
@@ -1303,6 +1304,9 @@ func (this *Job) EqualVT(that *Job) bool {
 		return false
 	}
 	if this.Settled != that.Settled {
+		return false
+	}
+	if this.SettledTransfer != that.SettledTransfer {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -3127,6 +3131,13 @@ func (m *Job) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.SettledTransfer != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.SettledTransfer))
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0xc8
 	}
 	if m.Settled {
 		i--
@@ -5520,6 +5531,9 @@ func (m *Job) SizeVT() (n int) {
 	}
 	if m.Settled {
 		n += 3
+	}
+	if m.SettledTransfer != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.SettledTransfer))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -8807,6 +8821,25 @@ func (m *Job) UnmarshalVT(dAtA []byte) error {
 				}
 			}
 			m.Settled = bool(v != 0)
+		case 25:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field SettledTransfer", wireType)
+			}
+			m.SettledTransfer = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.SettledTransfer |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

@@ -77,6 +77,8 @@ type Replica struct {
 	closeErr  error // set under closing
 	wg        sync.WaitGroup
 	clock     clock
+	observer  *raft.Observer
+	elections bell
 	ready     atomic.Uint64 // the term that this node leads, having applied all that came before; 0 is none
 }
 
@@ -142,6 +144,7 @@ func Open(cfg Config, st *state.State) (_ *Replica, err error) {
 	if r.raft, err = raft.NewRaft(conf, (*fsm)(st), cache, r.log, snapshots, r.transport); err != nil {
 		return nil, fmt.Errorf("starting raft: %w", err)
 	}
+	r.watchElections()
 	r.wg.Go(r.group)
 	r.wg.Go(r.answer)
 	r.wg.Go(r.verify)
@@ -172,7 +175,8 @@ func raftConfig(cfg Config, hlog hclog.Logger) *raft.Config {
 	c := raft.DefaultConfig()
 	c.LocalID = raft.ServerID(cfg.ID)
 	c.Logger = hlog
-	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = timeout, timeout, timeout/2
+	// As long as its followers wait, so that a busy machine deposes nobody.
+	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = timeout, timeout, timeout
 	// How late an idle follower learns of a commit: it has to reveal soon.
 	c.CommitTimeout = 10 * time.Millisecond
 	c.MaxAppendEntries = 256
@@ -437,6 +441,54 @@ func (r *Replica) Leading() bool { return r.ready.Load() != 0 }
 func (r *Replica) Leader() api.NodeID {
 	_, id := r.raft.LeaderWithID()
 	return api.NodeID(id)
+}
+
+// bell wakes whoever waits, again and again.
+type bell struct {
+	mu   sync.Mutex
+	next chan struct{} // guarded by mu; closed and dropped by ring; nil: nobody waits
+}
+
+func (b *bell) wait() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.next == nil {
+		b.next = make(chan struct{})
+	}
+	return b.next
+}
+
+func (b *bell) ring() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.next != nil {
+		close(b.next)
+		b.next = nil
+	}
+}
+
+// LeaderChanged is closed when this node next learns of another leader, or of
+// none.
+func (r *Replica) LeaderChanged() <-chan struct{} { return r.elections.wait() }
+
+func (r *Replica) watchElections() {
+	seen := make(chan raft.Observation, 16)
+	r.observer = raft.NewObserver(seen, false, func(o *raft.Observation) bool {
+		_, ok := o.Data.(raft.LeaderObservation)
+		return ok
+	})
+	r.raft.RegisterObserver(r.observer)
+	r.wg.Go(func() {
+		for {
+			select {
+			case <-seen:
+				r.elections.ring()
+			case <-r.done:
+				r.raft.DeregisterObserver(r.observer)
+				return
+			}
+		}
+	})
 }
 
 // Address is the Raft address that the others dial.

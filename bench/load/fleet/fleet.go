@@ -22,6 +22,9 @@ import (
 	"github.com/musternet/muster/api/musterpb"
 )
 
+// PriceMicroUSDPerHour is what every worker asks.
+const PriceMicroUSDPerHour = 100_000
+
 // Config says what fleet to simulate.
 type Config struct {
 	Addresses []string // of schedulers
@@ -36,7 +39,8 @@ type Config struct {
 // Watcher hears what workers see. Job is the argument that Command gave the
 // attempt's job; times are nanoseconds since the fleet began.
 type Watcher interface {
-	Assigned(job int, index uint64, at int64)
+	// Assigned is an attempt that a worker got, and starts now.
+	Assigned(job int, attempt string, at int64)
 	// Answered is the answer to a result; assigned is when its attempt came.
 	Answered(job int, accepted bool, reason string, assigned, at int64)
 }
@@ -121,7 +125,6 @@ type worker struct {
 // run is one attempt on a worker.
 type run struct {
 	job      int
-	index    uint64 // of its first item
 	assigned int64
 	result   *result // nil while it runs
 }
@@ -137,19 +140,15 @@ func newWorker(f *Fleet, i int) (*worker, error) {
 	}, nil
 }
 
-// The pauses between two dials, as real workers make them.
-const (
-	firstRedial = 100 * time.Millisecond
-	maxRedial   = 5 * time.Second
-	maxRedirect = 200 * time.Millisecond
-)
+// maxRedirect is that of real workers.
+const maxRedirect = 200 * time.Millisecond
 
 var errRedirected = errors.New("another scheduler leads")
 
 // run keeps a session until ctx ends.
 func (w *worker) run(ctx context.Context) error {
 	defer w.http.CloseIdleConnections()
-	for wait := time.Duration(0); ; wait = min(2*wait+firstRedial, maxRedial) {
+	for wait := time.Duration(0); ; wait = client.Redial(wait) {
 		began := time.Now()
 		err := w.session(ctx)
 		if ctx.Err() != nil {
@@ -158,7 +157,7 @@ func (w *worker) run(ctx context.Context) error {
 		if k := api.KindOf(err); connect.IsWireError(err) && (k == api.Denied || k == api.Unauthenticated || k == api.Invalid) {
 			return fmt.Errorf("%s is refused: %w", w.name, err)
 		}
-		if time.Since(began) > maxRedial {
+		if time.Since(began) > client.MaxRedial {
 			wait = 0
 		}
 		if errors.Is(err, errRedirected) {
@@ -217,7 +216,7 @@ func (w *worker) prefer(address string) {
 
 func (w *worker) shakeHands(s *stream) (*musterpb.Welcome, error) {
 	hello := &musterpb.WorkerHello{
-		PublicKey: w.key.Public().(ed25519.PublicKey), Name: w.name, PriceMicroUsdPerHour: 100_000,
+		PublicKey: w.key.Public().(ed25519.PublicKey), Name: w.name, PriceMicroUsdPerHour: PriceMicroUSDPerHour,
 		Capacity: &musterpb.Capacity{
 			MilliCpus: int64(w.fleet.Slots) * 1000, MemoryBytes: int64(w.fleet.Slots) << 30, DiskBytes: int64(w.fleet.Slots) << 30,
 			NoGpuReason: "simulated", Runtimes: []string{"docker"}, Platform: "linux/amd64", CpuLevel: "x86-64-v3",
@@ -364,11 +363,11 @@ func (w *worker) accept(list []*musterpb.Assignment, now int64) []work {
 		if w.runs[a.Attempt] != nil || len(a.Indexes) == 0 {
 			continue
 		}
-		r := &run{job: jobOf(a.Command), index: a.Indexes[0], assigned: now}
+		r := &run{job: jobOf(a.Command), assigned: now}
 		w.runs[a.Attempt] = r
 		todo = append(todo, work{a.Attempt, a, r})
 		if w.fleet.Watch != nil {
-			w.fleet.Watch.Assigned(r.job, r.index, now)
+			w.fleet.Watch.Assigned(r.job, a.Attempt, now)
 		}
 	}
 	return todo

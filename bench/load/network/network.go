@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -43,8 +44,9 @@ type Network struct {
 	debug      []string
 	Schedulers []*Process
 	AdminKey   string
-	Client     *client.Client // with the admin's key
-	single     []*client.Client
+	Client     *client.Client   // with the admin's key
+	single     []*client.Client // of one scheduler each, with the admin's key
+	light      []*client.Client // the same with a key that sees less and costs less
 }
 
 // startWithin is how long a scheduler may take to be ready.
@@ -79,14 +81,29 @@ func Start(ctx context.Context, cfg Config) (_ *Network, err error) {
 	if n.Client, err = client.New(client.Config{Addresses: n.Addresses, Key: n.AdminKey, Patience: 30 * time.Second}); err != nil {
 		return nil, err
 	}
+	if n.single, err = n.clients(n.AdminKey); err != nil {
+		return nil, err
+	}
+	key, err := n.Account(ctx, "watcher")
+	if err != nil {
+		return nil, err
+	}
+	if n.light, err = n.clients(key); err != nil {
+		return nil, err
+	}
+	return n, n.UntilCommittee(ctx)
+}
+
+// clients are clients of one scheduler each.
+func (n *Network) clients(key string) (list []*client.Client, err error) {
 	for _, a := range n.Addresses {
-		c, err := client.New(client.Config{Addresses: []string{a}, Key: n.AdminKey})
+		c, err := client.New(client.Config{Addresses: []string{a}, Key: key, Patience: time.Second})
 		if err != nil {
 			return nil, err
 		}
-		n.single = append(n.single, c)
+		list = append(list, c)
 	}
-	return n, n.untilCommittee(ctx)
+	return list, nil
 }
 
 // freeAddresses are addresses on loopback that nobody listened on a moment ago:
@@ -112,7 +129,7 @@ func (n *Network) DataDir(i int) string {
 // StartScheduler starts a scheduler, for the first time or again, and waits
 // until it is ready.
 func (n *Network) StartScheduler(ctx context.Context, i int) error {
-	args := []string{"scheduler", "--data", n.DataDir(i), "--listen", n.Addresses[i], "--raft-listen", n.raft[i]}
+	args := []string{"scheduler", "--data", n.DataDir(i), "--listen", n.Addresses[i], "--raft-listen", n.raft[i], "--debug-listen", n.debug[i]}
 	if i > 0 {
 		args = append(args, "--join", n.Addresses[0], "--key", n.AdminKey)
 	}
@@ -124,18 +141,22 @@ func (n *Network) StartScheduler(ctx context.Context, i int) error {
 	return p.waitReady(ctx)
 }
 
-// untilCommittee waits until every scheduler takes part in the draws: before
+// UntilCommittee waits until every scheduler takes part in the draws: before
 // that, everything is checked.
-func (n *Network) untilCommittee(ctx context.Context) error {
+func (n *Network) UntilCommittee(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startWithin)
 	defer cancel()
 	return Poll(ctx, 20*time.Millisecond, func() (bool, error) {
-		resp, err := n.Client.ClusterStatus(ctx, connect.NewRequest(&musterpb.ClusterStatusRequest{}))
+		leader, err := n.Leader(ctx)
+		if err != nil {
+			return false, err
+		}
+		m, err := n.status(ctx, n.light[leader])
 		if err != nil {
 			return false, err
 		}
 		in := 0
-		for _, node := range resp.Msg.Nodes {
+		for _, node := range m.Nodes {
 			if node.InCommittee {
 				in++
 			}
@@ -144,35 +165,51 @@ func (n *Network) untilCommittee(ctx context.Context) error {
 	})
 }
 
-// Leader is the number of the scheduler that leads.
+// Leader is the number of the scheduler that leads, as most of those that
+// answer say.
 func (n *Network) Leader(ctx context.Context) (int, error) {
-	resp, err := n.Client.ClusterStatus(ctx, connect.NewRequest(&musterpb.ClusterStatusRequest{}))
-	if err != nil {
-		return 0, err
-	}
-	for _, node := range resp.Msg.Nodes {
-		for i, a := range n.Addresses {
-			if node.Leader && node.ApiAddress == a {
-				return i, nil
+	said := make([]int, len(n.Addresses))
+	for i := range n.Addresses {
+		m, err := n.status(ctx, n.light[i])
+		if err != nil {
+			continue
+		}
+		for _, node := range m.Nodes {
+			if at := slices.Index(n.Addresses, node.ApiAddress); node.Leader && at >= 0 {
+				said[at]++
 			}
+		}
+	}
+	for i, votes := range said {
+		if 2*votes > len(said) {
+			return i, nil
 		}
 	}
 	return 0, api.Errorf(api.Unavailable, "nobody leads the cluster")
 }
 
-// Status asks one scheduler, which answers from what it has applied itself.
+// Status asks one scheduler, which answers from what it has applied itself. The
+// state's hash costs it a pass over its state.
 func (n *Network) Status(ctx context.Context, i int) (*musterpb.ClusterStatusResponse, error) {
+	return n.status(ctx, n.single[i])
+}
+
+func (n *Network) status(ctx context.Context, c *client.Client) (*musterpb.ClusterStatusResponse, error) {
 	req := connect.NewRequest(&musterpb.ClusterStatusRequest{})
 	req.Header().Set(server.HeaderRead, "stale")
-	resp, err := n.single[i].ClusterStatus(ctx, req)
+	resp, err := c.ClusterStatus(ctx, req)
 	if err != nil {
 		return nil, err
 	}
 	return resp.Msg, nil
 }
 
-// Scheduler is a client of one scheduler.
-func (n *Network) Scheduler(i int) *client.Client { return n.single[i] }
+// Progress is the index of the last log entry that a scheduler has applied, and
+// the leader that it follows; empty for none.
+func (n *Network) Progress(ctx context.Context, i int) (applied uint64, leader string, err error) {
+	m, err := n.status(ctx, n.light[i])
+	return m.GetAppliedIndex(), m.GetLeader(), err
+}
 
 // Account makes an account, or another key of one, and returns the key.
 func (n *Network) Account(ctx context.Context, name string) (key string, err error) {

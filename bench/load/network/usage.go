@@ -2,11 +2,18 @@ package network
 
 import (
 	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
 	"time"
+
+	"github.com/musternet/muster/cmd/muster/node"
 )
 
 // Usage is what a process has used so far.
@@ -59,4 +66,50 @@ func (n *Network) Usages() ([]Usage, error) {
 		}
 	}
 	return list, nil
+}
+
+// Vars is what a scheduler says of its memory; with collect, after it has
+// collected its garbage.
+func (n *Network) Vars(ctx context.Context, i int, collect bool) (node.Vars, error) {
+	var v node.Vars
+	path := "/debug/vars"
+	if collect {
+		path += "?gc=1"
+	}
+	err := n.get(ctx, i, path, func(r io.Reader) error { return json.NewDecoder(r).Decode(&v) })
+	return v, err
+}
+
+// Profile writes a CPU profile of so many seconds, and then a heap profile, of
+// one scheduler.
+func (n *Network) Profile(ctx context.Context, i, seconds int, cpu, heap string) error {
+	return errors.Join(
+		n.get(ctx, i, "/debug/pprof/profile?seconds="+strconv.Itoa(seconds), func(r io.Reader) error { return save(cpu, r) }),
+		n.get(ctx, i, "/debug/pprof/heap", func(r io.Reader) error { return save(heap, r) }),
+	)
+}
+
+func (n *Network) get(ctx context.Context, i int, path string, read func(io.Reader) error) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+n.debug[i]+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("scheduler %d answers %s with %s", i, path, resp.Status)
+	}
+	return read(resp.Body)
+}
+
+func save(path string, r io.Reader) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, r)
+	return errors.Join(err, f.Close())
 }
