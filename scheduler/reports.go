@@ -90,6 +90,21 @@ const maxTogether = 1024
 // results examines what came along at once, on the session's own goroutine, and
 // leaves the rest to the examiners.
 func (l *leader) results(worker string, r *musterpb.Reports, receivedUnixMS int64) {
+	if len(r.Commits) == 0 {
+		return
+	}
+	select {
+	case l.cores <- struct{}{}:
+	case <-l.ctx.Done():
+		return
+	}
+	good := l.examineSmall(worker, r, receivedUnixMS)
+	<-l.cores
+	l.bundles.add(good)
+}
+
+// examineSmall examines what came along, and returns what is right of it.
+func (l *leader) examineSmall(worker string, r *musterpb.Reports, receivedUnixMS int64) (good []*offer) {
 	offers := l.offersOf(worker, r, receivedUnixMS)
 	var small []*offer
 	for _, o := range offers {
@@ -100,9 +115,7 @@ func (l *leader) results(worker string, r *musterpb.Reports, receivedUnixMS int6
 		}
 		l.examine(job.Account, o.commit.Attempt, func(ctx context.Context) (func(), error) { return l.commit(ctx, o), nil })
 	}
-	small = l.reserve(small)
-	var good []*offer
-	for _, o := range small {
+	for _, o := range l.reserve(small) {
 		a := l.State.Attempt(o.commit.Attempt)
 		if err := l.checkInline(l.ctx, a, o); err != nil {
 			l.goBeside(func() {
@@ -113,14 +126,11 @@ func (l *leader) results(worker string, r *musterpb.Reports, receivedUnixMS int6
 		}
 		good = append(good, o)
 	}
-	l.bundles.add(good)
+	return good
 }
 
 // offersOf are the results in a report that are not answered already.
 func (l *leader) offersOf(worker string, r *musterpb.Reports, receivedUnixMS int64) []*offer {
-	if len(r.Commits) == 0 {
-		return nil
-	}
 	came := make(map[string][]byte, len(r.Blobs))
 	for _, data := range r.Blobs {
 		if len(data) <= outputs.MaxInline {
