@@ -131,27 +131,27 @@ func (l *leader) examineSmall(worker string, r *musterpb.Reports, receivedUnixMS
 
 // offersOf are the results in a report that are not answered already.
 func (l *leader) offersOf(worker string, r *musterpb.Reports, receivedUnixMS int64) []*offer {
+	var open []*musterpb.Commit
+	for _, c := range r.Commits {
+		if !l.answered(worker, c) {
+			open = append(open, c)
+		}
+	}
+	if len(open) == 0 {
+		return nil // nothing is computed for a worker that only repeats itself
+	}
 	came := make(map[string][]byte, len(r.Blobs))
 	for _, data := range r.Blobs {
 		if len(data) <= outputs.MaxInline {
 			came[string(api.DigestOf(data))] = data
 		}
 	}
-	var offers []*offer
-	var open []*musterpb.Commit
-	for _, c := range r.Commits {
-		if l.answered(worker, c) {
-			continue
-		}
-		open = append(open, c)
-		offers = append(offers, &offer{
-			worker: worker, commit: c, receivedUnixMS: receivedUnixMS,
+	offers := make([]*offer, len(open))
+	for i, err := range verify.CheckCommits(l.keyOf(worker), open) {
+		c := open[i]
+		offers[i] = &offer{
+			worker: worker, commit: c, receivedUnixMS: receivedUnixMS, signed: err,
 			manifest: came[c.ManifestDigest], archive: came[c.ArchiveDigest], log: came[c.LogDigest],
-		})
-	}
-	if len(open) > 0 {
-		for i, err := range verify.CheckCommits(l.keyOf(worker), open) {
-			offers[i].signed = err
 		}
 	}
 	return offers
@@ -265,7 +265,7 @@ func (l *leader) refuse(o *offer, err error, timedOut bool) {
 	if a := l.State.Attempt(id); a != nil && a.State != musterpb.AttemptState_ATTEMPT_STATE_LOST {
 		reason := clip("result refused: "+err.Error(), maxReason)
 		cmd := &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Blame: blame, Reason: reason}
-		if o.signed == nil {
+		if o.signed == nil && l.keepLog(o) {
 			cmd.LogDigest = o.commit.LogDigest
 		}
 		if api.KindOf(l.end(l.ctx, cmd)) == api.Unavailable {
@@ -273,6 +273,18 @@ func (l *leader) refuse(o *offer, err error, timedOut bool) {
 		}
 	}
 	l.outcome(o.worker, id, err)
+}
+
+// keepLog stores the log of a refused result that came along, for the customer
+// to read, and reports whether the log is stored.
+func (l *leader) keepLog(o *offer) bool {
+	if o.log == nil {
+		return true // uploaded, or there is none
+	}
+	ctx, cancel := context.WithTimeout(l.ctx, storeWithin)
+	defer cancel()
+	_, err := l.Blobs.Put(ctx, api.Digest(o.commit.LogDigest), blob.Bytes(o.log), int64(len(o.log)))
+	return err == nil
 }
 
 // enter stores results that came along, and enters them.
