@@ -1,0 +1,21 @@
+package state
+
+import "github.com/musternet/muster/api/musterpb"
+
+// Detail is what belongs to one task of a job: its attempts, each followed by
+// the runs of its check, and the checks. It is how a job is read that may have a
+// million attempts, without keeping Apply waiting.
+func (s *State) Detail(job string, number uint32) (attempts []*musterpb.Attempt, checks []*musterpb.Check) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, id := range s.tasks[taskKey{job, number}].GetAttempts() {
+		attempts = append(attempts, s.attempts[id])
+		if c := s.checks[checkID(id)]; c != nil {
+			checks = append(checks, c)
+			for _, run := range c.Runs {
+				attempts = append(attempts, s.attempts[run])
+			}
+		}
+	}
+	return attempts, checks
+}
