@@ -20,7 +20,7 @@ const module = "github.com/musternet/muster"
 // change reaches only what is above it.
 var floors = [][]string{
 	{"api", "api/musterpb", "gpu"},
-	{"container"}, // its errors have the kinds of api
+	{"container", "scheduler/table"}, // container's errors have the kinds of api
 	{
 		"api/blob", "api/jobspec", "api/outputs", "gpu/nvml", "container/docker", "container/wasm", "container/image",
 		"verify", "scheduler/ledger", "examples/internal/items",
@@ -28,8 +28,9 @@ var floors = [][]string{
 	{"api/client", "scheduler/state"}, // a client reaches blobs, too
 	{"scheduler/archive", "scheduler/place", "scheduler/replica", "worker", "worker/cheat"},
 	{"scheduler", "api/server"},
-	{"cmd/muster/node", "examples/raytrace", "examples/tinylm", "examples/pack", "proto/generate"},
-	{"cmd/muster", "examples/demo", ""},
+	{"bench/load/fleet", "bench/load/rawraft", "bench/load/report", "cmd/muster/node", "examples/raytrace", "examples/tinylm", "examples/pack", "proto/generate"},
+	{"bench/load/network", "cmd/muster", "examples/demo", ""},
+	{"bench/load"},
 }
 
 // onlyImporters are the packages that alone may use a library, so that it can
@@ -38,8 +39,8 @@ var onlyImporters = map[string][]string{
 	"github.com/NVIDIA/go-nvml":       {"gpu/nvml"},         // a broken driver must not reach anybody else
 	"github.com/docker/docker":        {"container/docker"}, // the hardened profile is in one place
 	"github.com/tetratelabs/wazero":   {"container/wasm"},   // so is the sandbox
-	"github.com/hashicorp/raft":       {"scheduler/replica"},
-	"github.com/hashicorp/raft-wal":   {"scheduler/replica"},
+	"github.com/hashicorp/raft":       {"scheduler/replica", "bench/load/rawraft"}, // the latter measures it bare
+	"github.com/hashicorp/raft-wal":   {"scheduler/replica", "bench/load/rawraft"},
 	"github.com/hashicorp/memberlist": {"scheduler/members"},
 	"gocloud.dev":                     {"api/blob"},
 	"github.com/spf13/cobra":          {"cmd/muster"},
@@ -47,7 +48,7 @@ var onlyImporters = map[string][]string{
 
 // pure packages decide and do not act: the same input gives the same output on
 // every scheduler, and tests need no clock, disk or network.
-var pure = []string{"verify", "scheduler/ledger", "scheduler/state", "scheduler/place"}
+var pure = []string{"verify", "scheduler/table", "scheduler/ledger", "scheduler/state", "scheduler/place"}
 
 // impure is what a pure package must not import, and why.
 var impure = map[string]string{

@@ -20,10 +20,9 @@ import (
 
 // Bounds of the leader's own work.
 const (
-	maxPlacements  = 512 // of one round
-	maxTasksPerJob = 512 // looked at in one round
-	maxExaminers   = 4   // results examined or compared at once
-	maxCompares    = 64  // examinations of one account's results, under way or waiting
+	maxPlacements = 512 // of one round
+	maxExaminers  = 4   // results examined or compared at once
+	maxCompares   = 64  // examinations of one account's results, under way or waiting
 	// maxAccountExaminers bounds how many of them work for one account's jobs, so
 	// that nobody's large results keep those of everybody else waiting.
 	maxAccountExaminers = 2
@@ -44,10 +43,12 @@ type leader struct {
 	// worker's stream breaks, and ends with the leadership.
 	ctx       context.Context
 	examiners *semaphore.Weighted
+	bundles   *bundles
 	wake      chan struct{} // capacity 1: sessions or leases changed
 
 	mu        sync.Mutex
 	sessions  map[string]*session            // guarded by mu; by worker
+	touched   map[string]struct{}            // guarded by mu; workers whose session changed
 	leases    map[string]*lease              // guarded by mu; by attempt
 	began     int64                          // in the cluster's time
 	waiting   map[string]int                 // guarded by mu; by account, see examining
@@ -68,10 +69,12 @@ type lease struct {
 const maxLogTail = 64 << 10
 
 func newLeader(ctx context.Context, s *Scheduler) *leader {
-	return &leader{
+	l := &leader{
 		Scheduler: s, ctx: ctx, examiners: semaphore.NewWeighted(maxExaminers), wake: make(chan struct{}, 1),
-		sessions: map[string]*session{}, leases: map[string]*lease{}, byAccount: map[string]*semaphore.Weighted{}, waiting: map[string]int{}, unread: map[string]time.Time{}, began: s.Replica.Now(), busy: map[string]bool{},
+		sessions: map[string]*session{}, touched: map[string]struct{}{}, leases: map[string]*lease{}, byAccount: map[string]*semaphore.Weighted{}, waiting: map[string]int{}, unread: map[string]time.Time{}, began: s.Replica.Now(), busy: map[string]bool{},
 	}
+	l.bundles = &bundles{l: l, pending: map[string]*pending{}}
+	return l
 }
 
 // run runs the loops until the leadership ends.
@@ -129,116 +132,10 @@ func (l *leader) waitForChange(ctx context.Context, changed <-chan struct{}, d t
 	}
 }
 
-// placeLoop places what waits, whenever something changed. The timer is for
-// what changes by the clock alone: a worker's pause after a failure.
-func (l *leader) placeLoop(ctx context.Context) {
-	for ctx.Err() == nil {
-		changed := l.State.Changed()
-		switch placed, refused := l.placeRound(ctx); {
-		case placed > 0:
-		case refused > 0:
-			l.waitForChange(ctx, nil, refusedPause)
-		default:
-			l.waitForChange(ctx, changed, time.Second)
-		}
-	}
-}
-
-// placeRound decides, proposes and hands out; it returns how many attempts
-// were placed, and how many were not although there was a place for them.
-func (l *leader) placeRound(ctx context.Context) (placed, refused int) {
-	work := l.State.Queued(maxTasksPerJob)
-	if len(work) == 0 {
-		return 0, 0
-	}
-	live := l.State.LiveAttempts()
-	plan := place.Plan(&place.Input{
-		NowUnixMS: l.Replica.Now(), Workers: l.workers(live), Work: work, Usage: l.usage(live), Seed: l.seedOf, Max: maxPlacements,
-	})
-	done := make([]bool, len(plan))
-	var wg sync.WaitGroup
-	for i, p := range plan {
-		wg.Go(func() { done[i] = l.place(ctx, p) })
-	}
-	wg.Wait()
-	for _, ok := range done {
-		if ok {
-			placed++
-		}
-	}
-	return placed, len(plan) - placed
-}
-
-// place commits one placement, then tells the worker.
-func (l *leader) place(ctx context.Context, p place.Placement) bool {
-	if l.session(p.Worker) == nil {
-		return false // it left since the plan was made
-	}
-	cmd := &musterpb.PlaceAttempt{
-		Attempt: newID("att-"), Job: p.Job.Id, Task: p.Task, Check: p.Check.GetId(), Worker: p.Worker,
-		Class: p.Class, Devices: p.Devices, Relaxed: p.Relaxed,
-	}
-	id, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_PlaceAttempt{PlaceAttempt: cmd}})
-	if err != nil {
-		l.Logger.Debug("a placement was refused", "job", p.Job.Id, "task", p.Task, "worker", p.Worker, "err", err)
-		return false
-	}
-	a := l.State.Attempt(id)
-	l.mu.Lock()
-	s, ttl := l.open(p.Worker), l.Timing.LeaseTTL
-	if s == nil {
-		ttl = l.Timing.ReconnectGrace
-	}
-	l.leases[id] = &lease{worker: p.Worker, deadline: time.Now().Add(ttl)}
-	l.mu.Unlock()
-	if s != nil {
-		s.send(orders(&musterpb.Orders{Assign: []*musterpb.Assignment{l.assignment(a)}}))
-	}
-	return true
-}
-
 // assignment is what a worker learns of an attempt: the same for work and for
 // checks.
-func (l *leader) assignment(a *musterpb.Attempt) *musterpb.Assignment {
-	spec := l.State.Job(a.Job).Spec
-	return &musterpb.Assignment{
-		Attempt: a.Id, Image: spec.Image, Command: spec.Command, Env: spec.Env, Inputs: spec.Inputs, Items: spec.Items,
-		Indexes: l.State.ItemsOf(a), Resources: spec.Resources, Devices: a.Devices, TimeoutMs: spec.TimeoutMs,
-		Outputs: spec.Outputs, Network: spec.Network, PriceMicroUsdPerHour: a.PriceMicroUsdPerHour,
-	}
-}
-
-// workers is what placement sees of the workers.
-func (l *leader) workers(live []*musterpb.Attempt) []*place.Worker {
-	l.mu.Lock()
-	byID := map[string]*place.Worker{}
-	list := []*place.Worker{}
-	for _, w := range l.State.Workers() {
-		s := l.open(w.Id)
-		var cached func(string) bool
-		if s != nil {
-			cached = s.cached
-		}
-		pw := place.NewWorker(w, s != nil && s.heardWithin(l.Timing.LeaseTTL), cached)
-		byID[w.Id] = pw
-		list = append(list, pw)
-	}
-	l.mu.Unlock()
-	for _, a := range live {
-		if w := byID[a.Worker]; w != nil {
-			w.Take(l.State.Job(a.Job).Spec.Resources, a.Devices)
-		}
-	}
-	return list
-}
-
-func (l *leader) usage(live []*musterpb.Attempt) map[string]int64 {
-	usage := map[string]int64{}
-	for _, a := range live {
-		job := l.State.Job(a.Job)
-		usage[job.Account] += state.Units(job.Spec.Resources)
-	}
-	return usage
+func (l *leader) assignment(a *musterpb.Attempt) assignment {
+	return assignment{l.State.Job(a.Job).Spec, a, l.State.ItemsOf(a)}
 }
 
 // seedOf is what draws the checkers of a batch's commits. A batch that failed
@@ -255,53 +152,85 @@ func (l *leader) seedOf(epoch uint64) []byte {
 	return batches[0].Digest
 }
 
+// How often the leader looks at what only time changes.
+const (
+	reconcileEvery = 5 * time.Second
+	disputesEvery  = time.Second
+)
+
 // leaseLoop ends attempts whose worker was silent for too long, and disputes
 // that nobody can decide.
 func (l *leader) leaseLoop(ctx context.Context) {
-	tick := time.NewTicker(min(l.Timing.LeaseTTL/8, 250*time.Millisecond))
+	expiry := time.NewTicker(min(l.Timing.LeaseTTL/8, 250*time.Millisecond))
+	defer expiry.Stop()
+	reconcile := time.NewTicker(min(reconcileEvery, l.Timing.LeaseTTL/4))
+	defer reconcile.Stop()
+	disputes := time.NewTicker(min(disputesEvery, l.Timing.DisputePatience/4))
+	defer disputes.Stop()
 	stuck := map[string]time.Time{} // disputes that nobody can run, since when
-	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-expiry.C:
 			l.expireLeases(ctx)
+		case <-reconcile.C:
+			l.reconcileLeases(ctx)
+		case <-disputes.C:
+			l.touchSilent()
 			l.giveUpDisputes(ctx, stuck)
 		}
 	}
 }
 
+// expireLeases ends the attempts whose lease ran out.
 func (l *leader) expireLeases(ctx context.Context) {
-	live := map[string]*musterpb.Attempt{}
-	for _, a := range l.State.LiveAttempts() {
-		live[a.Id] = a
-	}
-	l.grantLeases(slices.Collect(maps.Values(live)))
 	now := time.Now()
-	var expired, overdue []string
+	var expired []string
 	l.mu.Lock()
 	for id, lease := range l.leases {
-		switch {
-		case live[id] == nil:
-			delete(l.leases, id)
-		case l.busy[id]:
-		case now.After(lease.deadline):
+		if now.After(lease.deadline) && !l.busy[id] {
 			expired = append(expired, id)
-		case l.overdue(live[id]):
-			overdue = append(overdue, id)
 		}
 	}
 	l.mu.Unlock()
-	for _, id := range overdue {
-		reason := fmt.Sprintf("worker %s neither delivered nor gave up within the job's time-out of %s and %s for fetching and uploading",
-			live[id].Worker, time.Duration(l.State.Job(live[id].Job).Spec.TimeoutMs)*time.Millisecond, l.Timing.TransferLimit)
-		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Reason: reason, Blame: musterpb.Blame_BLAME_WORKER})
-	}
 	for _, id := range expired {
-		reason := fmt.Sprintf("worker %s was not heard of for a whole lease (%s)", live[id].Worker, l.Timing.LeaseTTL)
+		a := l.State.Attempt(id)
+		if a == nil || !live(a) {
+			l.dropLease(id)
+			continue
+		}
+		reason := fmt.Sprintf("worker %s was not heard of for a whole lease (%s)", a.Worker, l.Timing.LeaseTTL)
 		// An error means that it is over already, or that the leadership is.
 		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Reason: reason, Blame: musterpb.Blame_BLAME_NETWORK})
+	}
+}
+
+func (l *leader) dropLease(attempt string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.leases, attempt)
+}
+
+// reconcileLeases brings the leases in line with what is live in the log, and
+// ends attempts that last longer than their job allows.
+func (l *leader) reconcileLeases(ctx context.Context) {
+	l.grantLeases(l.State.LiveAttempts())
+	var overdue []*musterpb.Attempt
+	l.mu.Lock()
+	for id := range l.leases {
+		switch a := l.State.Attempt(id); {
+		case a == nil || !live(a):
+			delete(l.leases, id)
+		case !l.busy[id] && l.overdue(a):
+			overdue = append(overdue, a)
+		}
+	}
+	l.mu.Unlock()
+	for _, a := range overdue {
+		reason := fmt.Sprintf("worker %s neither delivered nor gave up within the job's time-out of %s and %s for fetching and uploading",
+			a.Worker, time.Duration(l.State.Job(a.Job).Spec.TimeoutMs)*time.Millisecond, l.Timing.TransferLimit)
+		_ = l.end(ctx, &musterpb.EndAttempt{Attempt: a.Id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Reason: reason, Blame: musterpb.Blame_BLAME_WORKER})
 	}
 }
 
@@ -335,13 +264,13 @@ func (l *leader) giveUpDisputes(ctx context.Context, since map[string]time.Time)
 	now := time.Now()
 	stuck := map[string]bool{}
 	var workers []*place.Worker
-	for _, w := range l.State.Queued(0) {
+	for _, w := range l.State.Wanting() {
 		for _, run := range w.Checks {
 			if len(run.Check.Comparisons) == 0 && !state.Ended(w.Job.State) {
 				continue
 			}
 			if workers == nil {
-				workers = l.workers(l.State.LiveAttempts())
+				workers = l.views()
 			}
 			if place.Possible(workers, w.Job, &run) {
 				continue
@@ -419,7 +348,7 @@ func (l *leader) compareLoop(ctx context.Context) {
 			if l.examining(account, 0) >= maxCompares {
 				continue // the first of them to end changes the state
 			}
-			l.examine(account, c.Check.Id, func(ctx context.Context) error { return l.compare(ctx, c) })
+			l.examine(account, c.Check.Id, func(ctx context.Context) (func(), error) { return l.compare(ctx, c) })
 		}
 		select {
 		case <-ctx.Done():
@@ -430,12 +359,15 @@ func (l *leader) compareLoop(ctx context.Context) {
 }
 
 // examine runs f beside the caller, once an examiner is free, unless something
-// with that key is under way. After an error the key stays taken for a while.
-func (l *leader) examine(account, key string, f func(context.Context) error) {
+// with that key is under way, and then what f returns, for which no examiner is
+// needed. After an error the key stays taken for a while.
+func (l *leader) examine(account, key string, f func(context.Context) (then func(), err error)) {
 	l.beside(key, func() {
 		l.examining(account, 1)
 		defer l.examining(account, -1)
-		if l.examineNow(account, f) == nil {
+		then, err := l.examineNow(account, f)
+		if err == nil {
+			then()
 			return
 		}
 		select {
@@ -445,14 +377,14 @@ func (l *leader) examine(account, key string, f func(context.Context) error) {
 	})
 }
 
-func (l *leader) examineNow(account string, f func(context.Context) error) error {
+func (l *leader) examineNow(account string, f func(context.Context) (func(), error)) (then func(), err error) {
 	own := l.accountExaminers(account)
 	if err := own.Acquire(l.ctx, 1); err != nil {
-		return err
+		return nil, err
 	}
 	defer own.Release(1)
 	if err := l.examiners.Acquire(l.ctx, 1); err != nil {
-		return err
+		return nil, err
 	}
 	defer l.examiners.Release(1)
 	ctx, cancel := context.WithTimeout(l.ctx, examineWithin)
@@ -468,6 +400,18 @@ func (l *leader) accountExaminers(account string) *semaphore.Weighted {
 		l.byAccount[account] = semaphore.NewWeighted(maxAccountExaminers)
 	}
 	return l.byAccount[account]
+}
+
+// goBeside runs f beside the caller, and reports whether it does: a leader that
+// stops begins nothing any more.
+func (l *leader) goBeside(f func()) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return false
+	}
+	l.work.Go(f)
+	return true
 }
 
 // beside runs f beside the caller, unless something with that key is under way.
@@ -528,36 +472,36 @@ func (l *leader) examining(account string, change int) int {
 
 // compare compares what a check has results of; an error means that they could
 // not be read.
-func (l *leader) compare(ctx context.Context, c state.Comparable) error {
+func (l *leader) compare(ctx context.Context, c state.Comparable) (then func(), err error) {
 	job := l.State.Job(c.Check.Job)
 	comparator, err := verify.ComparatorOf(job.Spec.Verify)
 	if err != nil {
 		l.Logger.Error("a job has no comparator", "job", job.Id, "err", err)
-		return err
+		return nil, err
 	}
 	cmd := &musterpb.RecordComparisons{Check: c.Check.Id}
-	defer func() {
-		if len(cmd.Comparisons) == len(c.Pairs) {
-			l.mu.Lock()
-			delete(l.unread, c.Check.Id)
-			l.mu.Unlock()
-		}
-	}()
 	for _, pair := range c.Pairs {
 		match, detail, err := l.comparePair(ctx, comparator, pair, c.Check.Items, job.Spec.Resources.GetDiskBytes())
 		if err != nil {
-			return l.unreadable(c.Check.Id, err)
+			return func() {}, l.unreadable(c.Check.Id, err)
 		}
 		cmd.Comparisons = append(cmd.Comparisons, &musterpb.Comparison{A: pair[0], B: pair[1], Match: match, Detail: detail})
 	}
-	if _, err := l.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_RecordComparisons{RecordComparisons: cmd}}); err != nil {
-		l.Logger.Debug("a comparison was refused", "check", c.Check.Id, "err", err)
-		return nil
+	l.mu.Lock()
+	delete(l.unread, c.Check.Id)
+	l.mu.Unlock()
+	return func() { l.record(cmd) }, nil
+}
+
+// record enters a comparison into the log.
+func (l *leader) record(cmd *musterpb.RecordComparisons) {
+	if _, err := l.Propose(l.ctx, &musterpb.Command{Body: &musterpb.Command_RecordComparisons{RecordComparisons: cmd}}); err != nil {
+		l.Logger.Debug("a comparison was refused", "check", cmd.Check, "err", err)
+		return
 	}
-	if v := l.State.Check(c.Check.Id); v.Verdict == musterpb.Verdict_VERDICT_FAILURE {
-		l.Logger.Warn("a result was proved wrong", "job", v.Job, "attempt", v.Target, "worker", l.State.Attempt(v.Target).Worker, "reason", v.Reason)
+	if v := l.State.Check(cmd.Check); v.GetVerdict() == musterpb.Verdict_VERDICT_FAILURE {
+		l.Logger.Warn("a result was proved wrong", "job", v.Job, "attempt", v.Target, "reason", v.Reason)
 	}
-	return nil
 }
 
 // comparePair compares the given items of two results.
@@ -601,7 +545,7 @@ func (s *Scheduler) Explain(id string) (*musterpb.ExplainJobResponse, error) {
 	if job == nil {
 		return nil, api.Errorf(api.NotFound, "job %q is not known", id)
 	}
-	now, workers := l.Replica.Now(), l.workers(s.State.LiveAttempts())
+	now, workers := l.Replica.Now(), l.views()
 	out := place.Explain(now, workers, job, nil)
 	switch {
 	case state.Ended(job.State):
@@ -611,7 +555,7 @@ func (s *Scheduler) Explain(id string) (*musterpb.ExplainJobResponse, error) {
 	case job.NextTask >= job.Tasks && len(job.Requeued) == 0:
 		out.Summary = fmt.Sprintf("nothing of it waits for a worker: %d attempts are under way, %d results are being checked", job.LiveAttempts, job.OpenChecks)
 	}
-	for _, w := range s.State.Queued(0) {
+	for _, w := range s.State.Wanting() {
 		if w.Job.Id == id && len(w.Checks) > 0 {
 			run := w.Checks[0]
 			wait := "checks wait"

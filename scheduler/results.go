@@ -35,11 +35,16 @@ type result struct {
 
 // openResult reads the manifest of a commit and opens its archive.
 func (l *leader) openResult(ctx context.Context, a *musterpb.Attempt, limit int64) (*result, error) {
-	manifest, err := l.manifest(ctx, a.Commit, len(l.State.ItemsOf(a)))
+	encoded, err := blob.OpenManifest(ctx, l.Blobs, a.Commit.ManifestDigest, a.Stored)
+	if err != nil {
+		return nil, fmt.Errorf("manifest of %s: %w", a.Id, err)
+	}
+	defer encoded.Close()
+	manifest, err := readManifest(a.Commit, encoded, len(l.State.ItemsOf(a)))
 	if err != nil {
 		return nil, err
 	}
-	archive, err := l.Blobs.Open(ctx, api.Digest(a.Commit.ArchiveDigest))
+	archive, err := blob.OpenArchive(ctx, l.Blobs, a.Commit.ArchiveDigest, a.Commit.ArchiveBytes, a.Stored)
 	if err != nil {
 		return nil, fmt.Errorf("outputs of %s: %w", a.Id, err)
 	}
@@ -94,15 +99,10 @@ func (r *result) item(ctx context.Context, index uint64, comparator verify.Compa
 	return files, nil
 }
 
-// manifest reads the manifest of a commit, which is to list so many items. Its
+// readManifest reads the manifest of a commit, which is to list so many items. Its
 // size and its items are counted before it is decoded: two bytes would do for an
 // empty item that takes a hundred in memory.
-func (l *leader) manifest(ctx context.Context, c *musterpb.Commit, items int) (*musterpb.Manifest, error) {
-	r, err := l.Blobs.Open(ctx, api.Digest(c.ManifestDigest))
-	if err != nil {
-		return nil, fmt.Errorf("manifest of %s: %w", c.Attempt, err)
-	}
-	defer r.Close()
+func readManifest(c *musterpb.Commit, r blob.Reader, items int) (*musterpb.Manifest, error) {
 	if most := maxManifest(items); r.Size() > most {
 		return nil, api.Errorf(api.TooLarge, "manifest of %s has %d bytes, at most %d are allowed for %d items", c.Attempt, r.Size(), most, items)
 	}
@@ -146,16 +146,40 @@ const manifestItems = 2
 // running it again: who signed it, whether the manifest is what was signed,
 // whether every item is there, unbroken, decodable and within the limits. A
 // refusal is the worker's fault; an error of kind api.Unavailable is ours.
-func (l *leader) checkResult(ctx context.Context, a *musterpb.Attempt, c *musterpb.Commit) error {
-	job, worker := l.State.Job(a.Job), l.State.Worker(a.Worker)
-	if err := verify.CheckCommit(worker.PublicKey, c); err != nil {
+func (l *leader) checkResult(ctx context.Context, a *musterpb.Attempt, o *offer) error {
+	if o.signed != nil {
+		return o.signed
+	}
+	if err := l.checkDurable(ctx, o.commit); err != nil {
 		return err
 	}
-	if err := l.checkDurable(ctx, c); err != nil {
-		return err
+	manifest, err := l.Blobs.Open(ctx, api.Digest(o.commit.ManifestDigest))
+	if err != nil {
+		return fmt.Errorf("manifest of %s: %w", a.Id, err)
 	}
+	defer manifest.Close()
+	archive, err := l.Blobs.Open(ctx, api.Digest(o.commit.ArchiveDigest))
+	if err != nil {
+		return fmt.Errorf("outputs: %w", err)
+	}
+	defer archive.Close()
+	return l.checkContent(ctx, a, o.commit, manifest, archive)
+}
+
+// checkInline is checkResult for a result that came along with its report.
+func (l *leader) checkInline(ctx context.Context, a *musterpb.Attempt, o *offer) error {
+	if o.signed != nil {
+		return o.signed
+	}
+	return l.checkContent(ctx, a, o.commit, blob.Bytes(o.manifest), blob.Bytes(o.archive))
+}
+
+// checkContent compares a result's manifest with what was signed, and its
+// outputs with the manifest.
+func (l *leader) checkContent(ctx context.Context, a *musterpb.Attempt, c *musterpb.Commit, manifest, archive blob.Reader) error {
+	job := l.State.Job(a.Job)
 	want := l.State.ItemsOf(a)
-	m, err := l.manifest(ctx, c, len(want))
+	m, err := readManifest(c, manifest, len(want))
 	if err != nil {
 		return err
 	}
@@ -168,15 +192,24 @@ func (l *leader) checkResult(ctx context.Context, a *musterpb.Attempt, c *muster
 	if err := outputs.CheckManifest(m, want, c.ArchiveBytes); err != nil {
 		return err
 	}
-	inputs := verify.InputDigest(job.Spec.Inputs)
-	parameters := verify.ParametersDigest(job.Spec.Image.Digest, job.Spec.Command, job.Spec.Env)
+	if err := checkItems(job.Spec, m, c); err != nil {
+		return err
+	}
+	return checkOutputs(ctx, job, c, m, archive)
+}
+
+// checkItems wants every item computed from the job's inputs, and their sizes
+// within what the job allows and what was signed.
+func checkItems(spec *musterpb.JobSpec, m *musterpb.Manifest, c *musterpb.Commit) error {
+	inputs := verify.InputDigest(spec.Inputs)
+	parameters := verify.ParametersDigest(spec.Image.Digest, spec.Command, spec.Env)
 	total, overhead := int64(0), int64(0)
 	for _, item := range m.Items {
 		if !bytes.Equal(item.InputDigest, inputs) || !bytes.Equal(item.ParametersDigest, parameters) {
-			return api.Errorf(api.Invalid, "item %d of the manifest was computed from other inputs or parameters", jobspec.Value(job.Spec.Items, item.Index))
+			return api.Errorf(api.Invalid, "item %d of the manifest was computed from other inputs or parameters", jobspec.Value(spec.Items, item.Index))
 		}
-		if total += item.OutputBytes; item.OutputBytes < 0 || total > job.Spec.Resources.DiskBytes {
-			return api.Errorf(api.TooLarge, "the outputs have more than %d bytes, which resources.disk allows", job.Spec.Resources.DiskBytes)
+		if total += item.OutputBytes; item.OutputBytes < 0 || total > spec.Resources.DiskBytes {
+			return api.Errorf(api.TooLarge, "the outputs have more than %d bytes, which resources.disk allows", spec.Resources.DiskBytes)
 		}
 		overhead += (int64(item.Files) + 1) * fileOverhead
 	}
@@ -186,7 +219,7 @@ func (l *leader) checkResult(ctx context.Context, a *musterpb.Attempt, c *muster
 	if most := total + total/100 + overhead; c.ArchiveBytes > most {
 		return api.Errorf(api.TooLarge, "the outputs take %d bytes packed; %d bytes of outputs fit into %d", c.ArchiveBytes, total, most)
 	}
-	return l.checkOutputs(ctx, job, c, m)
+	return nil
 }
 
 // checkDurable wants every blob of a commit stored as often as the store
@@ -210,16 +243,11 @@ func (l *leader) checkDurable(ctx context.Context, c *musterpb.Commit) error {
 const fileOverhead = 16 << 10
 
 // checkOutputs reads every item of a result once.
-func (l *leader) checkOutputs(ctx context.Context, job *musterpb.Job, c *musterpb.Commit, m *musterpb.Manifest) error {
+func checkOutputs(ctx context.Context, job *musterpb.Job, c *musterpb.Commit, m *musterpb.Manifest, archive blob.Reader) error {
 	comparator, err := verify.ComparatorOf(job.Spec.Verify)
 	if err != nil {
 		return err
 	}
-	archive, err := l.Blobs.Open(ctx, api.Digest(c.ArchiveDigest))
-	if err != nil {
-		return fmt.Errorf("outputs: %w", err)
-	}
-	defer archive.Close()
 	if archive.Size() != c.ArchiveBytes {
 		return api.Errorf(api.Invalid, "the outputs have %d bytes, %d were signed", archive.Size(), c.ArchiveBytes)
 	}

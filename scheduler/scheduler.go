@@ -175,6 +175,31 @@ func (s *Scheduler) Leader() (id api.NodeID, address string) {
 	return id, address
 }
 
+// AwaitLeader is Leader, once there is one: during an election it waits, until
+// ctx ends. Where this node is the leader it is ready to lead.
+func (s *Scheduler) AwaitLeader(ctx context.Context) (id api.NodeID, address string) {
+	for {
+		changed := s.Replica.LeaderChanged()
+		id, address = s.Leader()
+		var soon <-chan time.Time
+		if id != s.id {
+			if address != "" {
+				return id, address
+			}
+		} else if _, err := s.leading(); err == nil {
+			return id, address
+		} else {
+			soon = time.After(5 * time.Millisecond) // it is about to be ready
+		}
+		select {
+		case <-changed:
+		case <-soon:
+		case <-ctx.Done():
+			return id, address
+		}
+	}
+}
+
 // Join takes a scheduler into the cluster.
 func (s *Scheduler) Join(ctx context.Context, node *musterpb.Node) error {
 	if _, err := s.leading(); err != nil {

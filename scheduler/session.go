@@ -4,17 +4,17 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
-	"errors"
 	"fmt"
+	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"time"
+
+	"google.golang.org/protobuf/proto"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/state"
-	"github.com/musternet/muster/verify"
 )
 
 // Stream is a worker's connection.
@@ -25,7 +25,6 @@ type Stream interface {
 
 // Bounds of a session.
 const (
-	maxOutbox  = 4096     // messages that wait for a slow worker
 	maxCached  = 4096     // digests that a worker may report
 	maxRunning = 4096     // attempts that a worker may state
 	maxHello   = 64 << 10 // bytes of what is replicated of a worker
@@ -36,25 +35,29 @@ const (
 type session struct {
 	worker string
 	owner  string
-	outbox chan *musterpb.SchedulerMessage
+	outbox *outbox
 	done   chan struct{} // closed by close
 	once   sync.Once
 
 	mu      sync.Mutex
 	digests map[string]bool // guarded by mu; what the worker's cache holds
 	heard   time.Time       // guarded by mu; of the newest heartbeat
+
+	wasHeard bool // guarded by the leader's mu; what placement was told last
 }
 
 func (s *session) close() { s.once.Do(func() { close(s.done) }) }
 
-// send queues a message. A worker that does not read until the bound is hit
-// loses its session; on the next one it is told everything again.
-func (s *session) send(m *musterpb.SchedulerMessage) {
-	select {
-	case s.outbox <- m:
-	default:
+// tell queues orders. A worker that does not read until the bound is hit loses
+// its session; on the next one it is told everything again.
+func (s *session) tell(orders func(*outbox)) {
+	if !s.outbox.add(orders) {
 		s.close()
 	}
+}
+
+func (s *session) assign(a ...assignment) {
+	s.tell(func(o *outbox) { o.assign = append(o.assign, a...) })
 }
 
 // closed reports whether close was called. Its goroutines may take a while to
@@ -102,13 +105,18 @@ func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) erro
 		return err
 	}
 	sess := &session{
-		worker: id, owner: owner, outbox: make(chan *musterpb.SchedulerMessage, maxOutbox), done: make(chan struct{}), digests: map[string]bool{},
-		heard: time.Now(),
+		worker: id, owner: owner, outbox: newOutbox(), done: make(chan struct{}), digests: map[string]bool{},
+		heard: time.Now(), wasHeard: true,
 	}
-	if err := l.attach(sess, running); err != nil {
+	welcome, err := l.attach(sess, running)
+	if err != nil {
 		return err
 	}
 	defer l.detach(sess)
+	// A worker takes no assignment for an answer to its handshake.
+	if err := stream.Send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Welcome{Welcome: welcome}}); err != nil {
+		return err
+	}
 	return l.serve(ctx, sess, stream, in)
 }
 
@@ -208,6 +216,9 @@ func checkHello(hello *musterpb.WorkerHello) error {
 	if n := hello.SizeVT(); n > maxHello {
 		return api.Errorf(api.Invalid, "worker %s describes itself with %d bytes, at most %d are taken", id, n, maxHello)
 	}
+	if _, err := proto.Marshal(hello); err != nil { // the session's codec takes any text
+		return api.Errorf(api.Invalid, "worker %s describes itself with text that is no UTF-8: %w", id, err)
+	}
 	seen := map[string]bool{}
 	for _, d := range hello.Capacity.GetDevices() {
 		if d.Uuid == "" || seen[d.Uuid] {
@@ -221,15 +232,12 @@ func checkHello(hello *musterpb.WorkerHello) error {
 // attach makes the worker available and settles what it runs: attempts that
 // are still its own go on, others stop, and what it should run and does not is
 // handed out again or given up.
-func (l *leader) attach(sess *session, running []string) error {
-	// The welcome is queued before anybody can see the session: a worker takes
-	// no assignment for an answer to its handshake.
+func (l *leader) attach(sess *session, running []string) (*musterpb.Welcome, error) {
 	welcome := l.welcome(sess.worker, running)
-	sess.send(&musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Welcome{Welcome: welcome}})
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
-		return api.Errorf(api.Unavailable, "this scheduler does not lead the cluster any more")
+		return nil, api.Errorf(api.Unavailable, "this scheduler does not lead the cluster any more")
 	}
 	if old := l.sessions[sess.worker]; old != nil {
 		old.close() // the newer connection wins: the older one is a ghost of the network
@@ -238,8 +246,8 @@ func (l *leader) attach(sess *session, running []string) error {
 	l.mu.Unlock()
 	l.handOut(sess, running)
 	l.Logger.Info("worker connected", "worker", sess.worker, "owner", sess.owner, "keeps", len(welcome.Keep), "stops", len(welcome.Stop))
-	l.nudge()
-	return nil
+	l.touch(sess.worker)
+	return welcome, nil
 }
 
 // welcome answers a worker's handshake: which of its attempts go on.
@@ -274,7 +282,7 @@ func (l *leader) handOut(sess *session, running []string) {
 		}
 		if a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
 			l.renew(a.Id, sess.worker)
-			sess.send(orders(&musterpb.Orders{Assign: []*musterpb.Assignment{l.assignment(a)}}))
+			sess.assign(l.assignment(a))
 			continue
 		}
 		// An error means that it is over already, or that the leadership is.
@@ -340,6 +348,7 @@ func (l *leader) detach(sess *session) {
 		return
 	}
 	delete(l.sessions, sess.worker)
+	l.touched[sess.worker] = struct{}{}
 	grace := time.Now().Add(l.Timing.ReconnectGrace)
 	for _, lease := range l.leases {
 		if lease.worker == sess.worker && lease.deadline.After(grace) {
@@ -377,9 +386,11 @@ func (l *leader) serve(ctx context.Context, sess *session, stream Stream, in inb
 			return err
 		case <-sess.done:
 			return api.Errorf(api.Unavailable, "the session was ended: this scheduler stopped leading, a newer session of the worker began, or it reads too slowly")
-		case m := <-sess.outbox:
-			if err := stream.Send(m); err != nil {
-				return err
+		case <-sess.outbox.wake:
+			for m := sess.outbox.take(); m != nil && !sess.closed(); m = sess.outbox.take() {
+				if err := stream.Send(m); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -394,44 +405,6 @@ func (l *leader) receive(sess *session, m *musterpb.WorkerMessage) {
 		l.heartbeat(sess, m.Heartbeat)
 	case *musterpb.WorkerMessage_Reports:
 		l.reports(sess, m.Reports)
-	}
-}
-
-func (l *leader) reports(sess *session, r *musterpb.Reports) {
-	received := l.Replica.Now()
-	for _, id := range r.Started {
-		if a := l.own(sess.worker, id); a != nil && a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
-			l.beside("start "+a.Id, func() { l.started(a.Id, received) })
-		}
-	}
-	for _, c := range r.Commits {
-		if l.answered(sess.worker, c) {
-			continue
-		}
-		account := l.State.Job(l.State.Attempt(c.Attempt).Job).Account
-		l.examine(account, c.Attempt, func(ctx context.Context) error {
-			l.commit(ctx, sess.worker, c, received)
-			return nil
-		})
-	}
-	for _, f := range r.Failed {
-		if a := l.own(sess.worker, f.Attempt); a == nil || !live(a) {
-			l.outcome(sess.worker, f.Attempt, nil)
-		} else {
-			l.beside(a.Id, func() { l.failed(sess.worker, f) })
-		}
-	}
-}
-
-func orders(o *musterpb.Orders) *musterpb.SchedulerMessage {
-	return &musterpb.SchedulerMessage{Message: &musterpb.SchedulerMessage_Orders{Orders: o}}
-}
-
-// started enters into the log that a worker began; from then on time is billed.
-func (l *leader) started(attempt string, receivedUnixMS int64) {
-	cmd := &musterpb.StartAttempt{Attempt: attempt, ReceivedUnixMs: receivedUnixMS}
-	if _, err := l.Propose(l.ctx, &musterpb.Command{Body: &musterpb.Command_StartAttempt{StartAttempt: cmd}}); err != nil {
-		l.Logger.Debug("a start was refused", "attempt", attempt, "err", err)
 	}
 }
 
@@ -456,7 +429,7 @@ func (l *leader) heartbeat(sess *session, h *musterpb.Heartbeat) {
 			if a := l.own(sess.worker, id); a != nil {
 				reason = fmt.Sprintf("it is %s", state.StateName(a.State))
 			}
-			sess.send(orders(&musterpb.Orders{Stop: []*musterpb.Stop{{Attempt: id, Reason: reason}}}))
+			sess.tell(func(o *outbox) { o.stop = append(o.stop, &musterpb.Stop{Attempt: id, Reason: reason}) })
 		}
 	}
 	l.mu.Lock()
@@ -467,131 +440,37 @@ func (l *leader) heartbeat(sess *session, h *musterpb.Heartbeat) {
 		}
 	}
 	l.mu.Unlock()
-	sess.mu.Lock()
-	defer sess.mu.Unlock()
-	sess.heard = time.Now()
+	if sess.hear(h) {
+		l.touch(sess.worker)
+	}
+}
+
+// hear takes up what a heartbeat says of the worker, and reports whether its
+// cache changed.
+func (s *session) hear(h *musterpb.Heartbeat) (changed bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.heard = time.Now()
+	before := s.digests
 	if h.Full {
-		sess.digests = map[string]bool{}
+		s.digests = map[string]bool{}
 	}
 	for _, digest := range h.Cached {
-		if _, err := api.ParseDigest(digest); err == nil && len(sess.digests) < maxCached {
-			sess.digests[digest] = true
+		if _, err := api.ParseDigest(digest); err == nil && len(s.digests) < maxCached && !s.digests[digest] {
+			s.digests[digest] = true
+			changed = true
 		}
 	}
+	if h.Full {
+		return !maps.Equal(before, s.digests)
+	}
+	return changed
 }
 
 func (l *leader) examined(id string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.busy[id]
-}
-
-// answered answers a commit for which nothing has to be examined: a repeat, or
-// one that comes too late.
-func (l *leader) answered(worker string, c *musterpb.Commit) bool {
-	a := l.own(worker, c.Attempt)
-	switch {
-	case a == nil:
-		l.outcome(worker, c.Attempt, api.Errorf(api.Denied, "attempt %.60q is not one of worker %s", c.Attempt, worker))
-	case verify.SameResult(a.Commit, c):
-		l.outcome(worker, c.Attempt, nil)
-	case !l.mayContinue(worker, a.Id):
-		l.outcome(worker, c.Attempt, l.tooLate(a))
-	default:
-		return false
-	}
-	return true
-}
-
-// tooLate says why a result of the attempt does not count any more.
-func (l *leader) tooLate(a *musterpb.Attempt) error {
-	if task := l.State.Task(a.Job, a.Task); a.Check == "" && task.GetResult() != "" && task.Result != a.Id {
-		return api.Errorf(api.Conflict, "attempt %s comes too late: it is %s, and another attempt of its task was committed first", a.Id, state.StateName(a.State))
-	}
-	return api.Errorf(api.Conflict, "attempt %s is over: it is %s (%s)", a.Id, state.StateName(a.State), a.Reason)
-}
-
-// commit examines a result and enters it into the log. Where this side is at
-// fault it does not answer: the worker offers the result again.
-func (l *leader) commit(ctx context.Context, worker string, c *musterpb.Commit, receivedUnixMS int64) {
-	if l.answered(worker, c) {
-		return
-	}
-	a := l.State.Attempt(c.Attempt)
-	if a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
-		// A worker is paid from its start, and not from its placement: saying
-		// nothing of the start may not be worth the time that it fetched.
-		l.started(a.Id, receivedUnixMS)
-	}
-	err := l.checkResult(ctx, a, c)
-	if err == nil {
-		_, err = l.Propose(l.ctx, &musterpb.Command{Body: &musterpb.Command_CommitResult{CommitResult: &musterpb.CommitResult{Commit: c, ReceivedUnixMs: receivedUnixMS}}})
-		if err == nil || api.KindOf(err) == api.Conflict {
-			l.outcome(worker, c.Attempt, err)
-			return
-		}
-	}
-	blame, ours := refusalBlame(err)
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		err = api.Errorf(api.TooLarge, "examining the outputs took longer than %s; let a task produce less (chunk, resources.disk)", examineWithin)
-		blame, ours = musterpb.Blame_BLAME_NETWORK, false // it may be the store that hangs
-	}
-	if l.ctx.Err() != nil || (ours && api.KindOf(err) == api.Unavailable) {
-		l.Logger.Warn("a result could not be examined; the worker offers it again", "attempt", a.Id, "err", err)
-		return
-	}
-	if a.State != musterpb.AttemptState_ATTEMPT_STATE_LOST {
-		reason := clip("result refused: "+err.Error(), maxReason)
-		cmd := &musterpb.EndAttempt{Attempt: a.Id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Blame: blame, Reason: reason}
-		if verify.CheckCommit(l.State.Worker(worker).PublicKey, c) == nil {
-			cmd.LogDigest = c.LogDigest
-		}
-		if api.KindOf(l.end(l.ctx, cmd)) == api.Unavailable {
-			return
-		}
-	}
-	l.outcome(worker, c.Attempt, err)
-}
-
-// failed ends an attempt that the worker gave up.
-func (l *leader) failed(worker string, f *musterpb.AttemptFailed) {
-	end := &musterpb.EndAttempt{
-		Attempt: f.Attempt, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Reason: clip(f.Reason, maxReason), Blame: f.Blame, ExitCode: f.ExitCode,
-	}
-	if _, err := api.ParseDigest(f.LogDigest); err == nil {
-		end.LogDigest = f.LogDigest
-	}
-	switch {
-	case f.Cancelled:
-		end.State, end.Blame, end.Blameless = musterpb.AttemptState_ATTEMPT_STATE_LOST, musterpb.Blame_BLAME_NETWORK, true
-	case f.Blame == musterpb.Blame_BLAME_NETWORK:
-		end.Blameless = true
-	case f.Blame != musterpb.Blame_BLAME_JOB:
-		end.Blame = musterpb.Blame_BLAME_WORKER // whoever fails is to blame, unless it says who else is
-	}
-	if api.KindOf(l.end(l.ctx, end)) != api.Unavailable {
-		l.outcome(worker, f.Attempt, nil)
-	}
-}
-
-// outcome tells a worker that it may forget an attempt. A worker that has no
-// session just now asks again.
-func (l *leader) outcome(worker, attempt string, err error) {
-	o := &musterpb.Outcome{Attempt: attempt, Accepted: err == nil}
-	if err != nil {
-		o.Reason = clip(err.Error(), maxReason)
-	}
-	if s := l.session(worker); s != nil {
-		s.send(orders(&musterpb.Orders{Outcomes: []*musterpb.Outcome{o}}))
-	}
-}
-
-// clip shortens text, and keeps it UTF-8: it travels in messages that have to be.
-func clip(s string, n int) string {
-	if len(s) <= n {
-		return strings.ToValidUTF8(s, "�")
-	}
-	return strings.ToValidUTF8(s[:n], "") + "…"
 }
 
 // Connected reports which workers have a session.

@@ -140,9 +140,11 @@ func (r *rig) propose(cmd *musterpb.Command) string {
 }
 
 // submit submits a job of so many tasks with one item each.
-func (r *rig) submit(tasks int) (job string) {
+func (r *rig) submit(tasks int) (job string) { return r.submitFor("acme", tasks) }
+
+func (r *rig) submitFor(account string, tasks int) (job string) {
 	return r.propose(&musterpb.Command{Body: &musterpb.Command_SubmitJob{SubmitJob: &musterpb.SubmitJob{
-		Job: newID("job-"), Account: "acme", PermutationKey: make([]byte, 32), Spec: &musterpb.JobSpec{
+		Job: newID("job-"), Account: account, PermutationKey: make([]byte, 32), Spec: &musterpb.JobSpec{
 			Name:  "job",
 			Image: &musterpb.Image{Kind: musterpb.ImageKind_IMAGE_KIND_WASM, Digest: string(api.DigestOf([]byte("image"))), SizeBytes: 5, Name: "p.wasm"},
 			Items: &musterpb.Items{Count: uint64(tasks)}, Chunk: 1, TimeoutMs: 60_000, Retries: 10, MaxPriceMicroUsdPerHour: 1e6, BudgetMicroUsd: 1e9,
@@ -496,20 +498,32 @@ func TestStopDuringExamination(t *testing.T) {
 func TestWorkerThatDoesNotRead(t *testing.T) {
 	r := newRig(t, Timing{LeaseTTL: time.Minute})
 	p := r.connect("alice", newKey(t))
-	for range maxOutbox + cap(p.down) + 2 { // an answer each, and nobody reads
-		p.say(reported(&musterpb.Reports{Commits: []*musterpb.Commit{&musterpb.Commit{Attempt: "att-none"}}}))
-	}
-	r.eventually("the session to be given up", func() bool { return len(r.sched.Connected()) == 0 })
+	nothing := reported(&musterpb.Reports{Commits: []*musterpb.Commit{{Attempt: "att-none"}}})
+	r.eventually("the session to be given up", func() bool { // an answer each, and nobody reads
+		for range 1000 {
+			select {
+			case p.up <- nothing:
+			case <-time.After(10 * time.Millisecond): // it does not listen any more
+				return len(r.sched.Connected()) == 0
+			}
+		}
+		return false
+	})
 	r.submit(1)
 	bob := r.connect("bob", newKey(t))
 	if a := bob.assigned(); r.st.Attempt(a.Attempt).Worker != bob.id {
 		t.Errorf("placed on %s", r.st.Attempt(a.Attempt).Worker)
 	}
-	for range cap(p.down) {
-		<-p.down
-	}
-	if err := <-p.served; api.KindOf(err) != api.Unavailable {
-		t.Errorf("the session ended with %v", err)
+	for {
+		select {
+		case <-p.down:
+			continue
+		case err := <-p.served:
+			if api.KindOf(err) != api.Unavailable {
+				t.Errorf("the session ended with %v", err)
+			}
+		}
+		break
 	}
 	p.served <- nil
 }

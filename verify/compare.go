@@ -57,12 +57,15 @@ type Comparator interface {
 }
 
 // Comparators are the names that a job may ask for.
-var Comparators = []string{"exact", "image"}
+var Comparators = []string{Exact, "image"}
+
+// Exact is the comparator that wants the same bytes.
+const Exact = "exact"
 
 // ComparatorOf is the comparator of a job's policy.
 func ComparatorOf(v *musterpb.Verify) (Comparator, error) {
 	switch v.GetComparator() {
-	case "exact":
+	case Exact:
 		return exact{}, nil
 	case "image":
 		if v.FailPpm > PPM || v.FailSharePpm > PPM {

@@ -6,6 +6,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/binary"
+	"hash"
 	"math/bits"
 	"slices"
 )
@@ -65,43 +66,65 @@ func BatchDigest(epoch uint64, attempts []string, roots [][]byte) []byte {
 	return h.Sum(nil)
 }
 
+// Lottery draws the items of all results of a batch from its seed. It is not safe
+// for concurrent use.
+type Lottery struct {
+	mac  hash.Hash
+	buf  []byte
+	lots []lot
+}
+
+type lot struct{ u, item uint64 }
+
+// NewLottery is the lottery of a seed.
+func NewLottery(seed []byte) *Lottery { return &Lottery{mac: hmac.New(sha256.New, seed)} }
+
 // lot is the item's number in the draw: u = HMAC(seed, attempt ‖ item ‖ root).
-func lot(seed []byte, attempt string, item uint64, root []byte) uint64 {
-	mac := hmac.New(sha256.New, seed)
-	mac.Write(appendBytes(nil, []byte(attempt)))
-	mac.Write(binary.BigEndian.AppendUint64(nil, item))
-	mac.Write(root)
-	return binary.BigEndian.Uint64(mac.Sum(nil))
+func (l *Lottery) lot(attempt string, item uint64, root []byte) uint64 {
+	l.buf = binary.BigEndian.AppendUint64(l.buf[:0], uint64(len(attempt)))
+	l.buf = append(l.buf, attempt...)
+	l.buf = binary.BigEndian.AppendUint64(l.buf, item)
+	l.buf = append(l.buf, root...)
+	l.mac.Reset()
+	l.mac.Write(l.buf)
+	l.buf = l.mac.Sum(l.buf[:0])
+	return binary.BigEndian.Uint64(l.buf)
 }
 
 // Draw picks the items of a committed result that are checked: those with
 // u < p·2⁶⁴, and where there is one at all, the items with the lowest u up to
 // MinSampled. The answer is ascending; empty means that nothing is checked.
-func Draw(seed []byte, attempt string, items []uint64, root []byte, ratePPM uint32) []uint64 {
+func (l *Lottery) Draw(attempt string, items []uint64, root []byte, ratePPM uint32) []uint64 {
 	if ratePPM >= PPM {
 		return slices.Sorted(slices.Values(items))
 	}
 	// floor(p · 2⁶⁴); p < 1, so that it fits.
 	threshold, _ := bits.Div64(uint64(ratePPM), 0, PPM)
-	type drawn struct{ u, item uint64 }
-	all := make([]drawn, len(items))
-	for i, item := range items {
-		all[i] = drawn{lot(seed, attempt, item, root), item}
+	all, drawn := l.lots[:0], 0
+	for _, item := range items {
+		u := l.lot(attempt, item, root)
+		if all = append(all, lot{u, item}); u < threshold {
+			drawn++
+		}
 	}
-	slices.SortFunc(all, func(a, b drawn) int {
-		return cmp.Or(cmp.Compare(a.u, b.u), cmp.Compare(a.item, b.item))
-	})
-	n, _ := slices.BinarySearchFunc(all, threshold, func(d drawn, t uint64) int { return cmp.Compare(d.u, t) })
-	if n == 0 {
+	l.lots = all
+	if drawn == 0 {
 		return nil
 	}
-	n = max(n, min(MinSampled, len(all)))
-	picked := make([]uint64, n)
+	slices.SortFunc(all, func(a, b lot) int {
+		return cmp.Or(cmp.Compare(a.u, b.u), cmp.Compare(a.item, b.item))
+	})
+	picked := make([]uint64, max(drawn, min(MinSampled, len(all))))
 	for i := range picked {
 		picked[i] = all[i].item
 	}
 	slices.Sort(picked)
 	return picked
+}
+
+// Draw is Lottery.Draw for one result.
+func Draw(seed []byte, attempt string, items []uint64, root []byte, ratePPM uint32) []uint64 {
+	return NewLottery(seed).Draw(attempt, items, root, ratePPM)
 }
 
 // Chain is a scheduler's hash chain h¹(secret) … hᴺ(secret). The tip hᴺ is

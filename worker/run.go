@@ -32,7 +32,7 @@ type run struct {
 	log        *tail
 	// started and report are guarded by the worker's mu.
 	started bool
-	report  *musterpb.WorkerMessage // how it ended; nil while it runs
+	report  *report // how it ended; nil while it runs
 }
 
 // Exit codes that stand for what is not the program's own exit, as shells use
@@ -60,7 +60,7 @@ func jobFault(code int32, format string, args ...any) error {
 
 // execute runs an attempt from its assignment to the report of its end.
 // Nothing of it stays on this machine but the cache.
-func (w *Worker) execute(ctx context.Context, r *run) *musterpb.WorkerMessage {
+func (w *Worker) execute(ctx context.Context, r *run) *report {
 	a := r.assignment
 	dir := filepath.Join(w.attemptsDir(), a.Attempt)
 	defer func() {
@@ -68,24 +68,23 @@ func (w *Worker) execute(ctx context.Context, r *run) *musterpb.WorkerMessage {
 			w.Logger.Warn("a directory could not be removed", "dir", dir, "err", err)
 		}
 	}()
-	commit, err := w.produce(ctx, r, dir)
-	logDigest := w.uploadLog(ctx, filepath.Join(dir, "log"))
+	result, err := w.produce(ctx, r, dir)
+	log := w.packLog(filepath.Join(dir, "log"))
 	if err == nil {
-		commit.LogDigest = logDigest
-		verify.SignCommits(w.Key, commit)
-		return reports(&musterpb.Reports{Commits: []*musterpb.Commit{commit}})
+		result.commit.LogDigest = w.addLog(ctx, result, log)
+		return result
 	}
-	failed := &musterpb.AttemptFailed{Attempt: a.Attempt, Reason: err.Error(), Blame: musterpb.Blame_BLAME_WORKER, LogDigest: logDigest, Cancelled: ctx.Err() != nil}
+	failed := &musterpb.AttemptFailed{Attempt: a.Attempt, Reason: err.Error(), Blame: musterpb.Blame_BLAME_WORKER, LogDigest: w.uploadLog(ctx, log), Cancelled: ctx.Err() != nil}
 	var f *failure
 	if errors.As(err, &f) {
 		failed.Blame, failed.ExitCode = f.blame, f.code
 	}
 	w.Logger.Info("attempt failed", "attempt", a.Attempt, "err", err)
-	return reports(&musterpb.Reports{Failed: []*musterpb.AttemptFailed{failed}})
+	return &report{failed: failed}
 }
 
-// produce runs the program and uploads what it left.
-func (w *Worker) produce(ctx context.Context, r *run, dir string) (*musterpb.Commit, error) {
+// produce runs the program and packs what it left.
+func (w *Worker) produce(ctx context.Context, r *run, dir string) (*report, error) {
 	a := r.assignment
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("attempt directory: %w", err)
@@ -319,7 +318,7 @@ func (w *Worker) runAll(ctx context.Context, r *run, rt container.Runtime, image
 	logs := container.NewLog(io.MultiWriter(logFile, r.log), container.MaxLogBytes) // of all runs together
 	w.mu.Lock()
 	r.started = true
-	w.say(reports(&musterpb.Reports{Started: []string{a.Attempt}}))
+	w.news.sayStarted(a.Attempt)
 	w.mu.Unlock()
 	deadline := time.Now().Add(time.Duration(a.TimeoutMs) * time.Millisecond)
 	left := a.Resources.DiskBytes
@@ -429,8 +428,9 @@ func appendFile(dst, src string) error {
 // maxItemFiles bounds the files of one item.
 const maxItemFiles = 100_000
 
-// pack makes the archive and the manifest, and uploads both.
-func (w *Worker) pack(ctx context.Context, a *musterpb.Assignment, inputs, out, dir string) (*musterpb.Commit, error) {
+// pack makes the archive and the manifest. Small ones travel with the report,
+// others are uploaded here.
+func (w *Worker) pack(ctx context.Context, a *musterpb.Assignment, inputs, out, dir string) (*report, error) {
 	items := make([]outputs.Item, len(a.Indexes))
 	for i, index := range a.Indexes {
 		items[i] = outputs.Item{Index: index, Value: jobspec.Value(a.Items, index)}
@@ -466,6 +466,18 @@ func (w *Worker) pack(ctx context.Context, a *musterpb.Assignment, inputs, out, 
 		return nil, fmt.Errorf("encoding the manifest: %w", err)
 	}
 	digest := api.DigestOf(data)
+	result := &report{commit: &musterpb.Commit{
+		Attempt: a.Attempt, Root: verify.Root(manifest), ManifestDigest: string(digest), ArchiveDigest: string(summary.Digest),
+		ArchiveBytes: summary.ArchiveBytes, OutputBytes: summary.OutputBytes,
+	}}
+	if len(data) <= outputs.MaxInline && summary.ArchiveBytes <= outputs.MaxInline {
+		small, err := os.ReadFile(archive)
+		if err != nil {
+			return nil, fmt.Errorf("outputs: %w", err)
+		}
+		result.blobs = [][]byte{data, small}
+		return result, nil
+	}
 	err = w.patiently(ctx, func() error {
 		if _, _, err := blob.PutFile(ctx, w.blobs, archive); err != nil {
 			return fmt.Errorf("uploading the outputs: %w", err)
@@ -478,24 +490,37 @@ func (w *Worker) pack(ctx context.Context, a *musterpb.Assignment, inputs, out, 
 	if err != nil {
 		return nil, ours(err)
 	}
-	return &musterpb.Commit{
-		Attempt: a.Attempt, Root: verify.Root(manifest), ManifestDigest: string(digest), ArchiveDigest: string(summary.Digest),
-		ArchiveBytes: summary.ArchiveBytes, OutputBytes: summary.OutputBytes,
-	}, nil
+	return result, nil
 }
 
-// uploadLog uploads what the program said, compressed. A log that can't be
-// uploaded costs nobody a result.
-func (w *Worker) uploadLog(ctx context.Context, path string) string {
+// packLog compresses what the program said; nil for nothing.
+func (w *Worker) packLog(path string) []byte {
 	data, err := os.ReadFile(path) // at most container.MaxLogBytes
-	if err != nil || len(data) == 0 || ctx.Err() != nil {
-		return ""
+	if err != nil || len(data) == 0 {
+		return nil
 	}
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
 	if err != nil {
+		return nil
+	}
+	return enc.EncodeAll(data, nil)
+}
+
+// addLog lets a small log travel with a small result, and uploads any other.
+func (w *Worker) addLog(ctx context.Context, r *report, packed []byte) string {
+	if len(packed) == 0 || len(packed) > outputs.MaxInline || r.blobs == nil {
+		return w.uploadLog(ctx, packed)
+	}
+	r.blobs = append(r.blobs, packed)
+	return string(api.DigestOf(packed))
+}
+
+// uploadLog uploads a compressed log. One that can't be uploaded costs nobody a
+// result.
+func (w *Worker) uploadLog(ctx context.Context, packed []byte) string {
+	if len(packed) == 0 || ctx.Err() != nil {
 		return ""
 	}
-	packed := enc.EncodeAll(data, nil)
 	digest := api.DigestOf(packed)
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()

@@ -123,9 +123,11 @@ func (w *Worker) serve(ctx context.Context, s *stream, welcome *musterpb.Welcome
 			return api.FromConnect(err)
 		case <-w.restate:
 			return errInventory
-		case m := <-w.outbox:
-			if err := s.Send(m); err != nil {
-				return fmt.Errorf("sending: %w", err)
+		case <-w.news.wake:
+			for m := w.news.take(w.sign); m != nil; m = w.news.take(w.sign) {
+				if err := s.Send(m); err != nil {
+					return fmt.Errorf("sending: %w", err)
+				}
 			}
 		case <-beat.C:
 			if err := s.Send(w.heartbeat(full)); err != nil {
@@ -144,6 +146,13 @@ func (w *Worker) serve(ctx context.Context, s *stream, welcome *musterpb.Welcome
 func (w *Worker) receive(m *musterpb.SchedulerMessage) {
 	orders := m.GetOrders()
 	for _, a := range orders.GetAssign() {
+		if a.Like > 0 {
+			if a.Like > uint32(len(orders.Assign)) {
+				w.Logger.Warn("an assignment makes no sense", "attempt", a.Attempt, "like", a.Like)
+				continue
+			}
+			a = alike(orders.Assign[a.Like-1], a)
+		}
 		w.start(a)
 	}
 	for _, s := range orders.GetStop() {
@@ -157,8 +166,13 @@ func (w *Worker) receive(m *musterpb.SchedulerMessage) {
 	}
 }
 
-func reports(r *musterpb.Reports) *musterpb.WorkerMessage {
-	return &musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: r}}
+// alike is an assignment that differs from a full one in what it says itself.
+func alike(full, a *musterpb.Assignment) *musterpb.Assignment {
+	return &musterpb.Assignment{
+		Attempt: a.Attempt, Indexes: a.Indexes, Devices: a.Devices, PriceMicroUsdPerHour: a.PriceMicroUsdPerHour,
+		Image: full.Image, Command: full.Command, Env: full.Env, Inputs: full.Inputs, Items: full.Items,
+		Resources: full.Resources, TimeoutMs: full.TimeoutMs, Outputs: full.Outputs, Network: full.Network,
+	}
 }
 
 // Bounds of a heartbeat: the log output of one attempt and of all together, and
@@ -210,20 +224,11 @@ func (w *Worker) reportAgain() {
 	defer w.mu.Unlock()
 	for _, r := range w.runs {
 		if r.started { // first: time that nobody saw the start of is not paid
-			w.say(reports(&musterpb.Reports{Started: []string{r.assignment.Attempt}}))
+			w.news.sayStarted(r.assignment.Attempt)
 		}
 		if r.report != nil {
-			w.say(r.report)
+			w.news.sayEnded(r.report)
 		}
-	}
-}
-
-// say queues a message for the stream, and drops it when the queue is full: it
-// is said again later.
-func (w *Worker) say(m *musterpb.WorkerMessage) {
-	select {
-	case w.outbox <- m:
-	default:
 	}
 }
 
@@ -248,7 +253,7 @@ func (w *Worker) start(a *musterpb.Assignment) {
 		defer w.mu.Unlock()
 		if w.runs[a.Attempt] == r { // nobody stopped it meanwhile
 			r.report = report
-			w.say(report)
+			w.news.sayEnded(report)
 		}
 	})
 }

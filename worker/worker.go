@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -73,13 +74,9 @@ type Worker struct {
 	found      gpu.Inventory   // guarded by mu; what the detector found last
 	runs       map[string]*run // guarded by mu; by attempt, until the schedulers know how it ended
 	schedulers []string        // guarded by mu; addresses to dial, the best first
-	outbox     chan *musterpb.WorkerMessage
 	attempts   sync.WaitGroup
+	news       *news
 }
-
-// maxOutbox bounds what waits for the stream; what does not fit is said again
-// at the next heartbeat or session.
-const maxOutbox = 1024
 
 // New makes a worker.
 func New(cfg Config) *Worker {
@@ -91,7 +88,7 @@ func New(cfg Config) *Worker {
 	}
 	w := &Worker{
 		Config: cfg, id: string(api.WorkerIDOf(cfg.Key.Public().(ed25519.PublicKey))), http: &http.Client{Transport: client.NewTransport()},
-		found: cfg.Inventory, restate: make(chan struct{}, 1), runs: map[string]*run{}, schedulers: slices.Clone(cfg.Schedulers), outbox: make(chan *musterpb.WorkerMessage, maxOutbox),
+		found: cfg.Inventory, restate: make(chan struct{}, 1), runs: map[string]*run{}, schedulers: slices.Clone(cfg.Schedulers), news: newNews(),
 	}
 	w.blobs = client.Blobs(w.http, cfg.APIKey, w.addresses)
 	return w
@@ -124,7 +121,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
 	watching.Go(func() { w.watchGPUs(watchCtx) })
-	for wait := time.Duration(0); ; wait = min(2*wait+100*time.Millisecond, maxRedial) {
+	for wait := time.Duration(0); ; wait = longer(wait) {
 		began := time.Now()
 		err := w.connect(ctx)
 		if ctx.Err() != nil {
@@ -153,12 +150,22 @@ func (w *Worker) Run(ctx context.Context) error {
 	}
 }
 
-// maxRedial is the longest pause between two dials, maxRedirect that before the
-// leader is dialled which another scheduler named.
+// minRedial and maxRedial are the shortest pause between two dials, after one at
+// once, and the longest; maxRedirect is that before the leader is dialled which
+// another scheduler named.
 const (
+	minRedial   = 50 * time.Millisecond
 	maxRedial   = 5 * time.Second
 	maxRedirect = 200 * time.Millisecond
 )
+
+// longer is the pause after one of the given length. It grows slowly, since an
+// election is over within a second, and by chance, since all workers begin to
+// dial at the same moment when a leader dies.
+func longer(wait time.Duration) time.Duration {
+	next := max(wait+wait/2, minRedial)
+	return min(next-next/4+rand.N(next/2), maxRedial)
+}
 
 // stopAll ends what still runs and waits until nothing of it is left.
 func (w *Worker) stopAll() {

@@ -152,6 +152,9 @@ func (f *fakeScheduler) Session(ctx context.Context, stream *connect.BidiStream[
 			if err != nil {
 				return
 			}
+			for _, data := range m.GetReports().GetBlobs() {
+				f.put(data) // as the schedulers do with what comes along
+			}
 			for _, one := range split(m) {
 				s.in <- one
 			}
@@ -634,7 +637,12 @@ func TestFailures(t *testing.T) {
 		}, blame: musterpb.Blame_BLAME_NETWORK, want: "503"},
 		{name: "upload out of reach", run: func(spec container.Spec) (container.Result, error) {
 			f.set(func() { f.noBlobs = true })
-			return itemsArgument(context.Background(), spec)
+			large := make([]byte, 2*outputs.MaxInline)
+			if _, err := rand.Read(large); err != nil {
+				return container.Result{}, err
+			}
+			res, err := itemsArgument(context.Background(), spec)
+			return res, errors.Join(err, os.WriteFile(filepath.Join(spec.Outputs, "10", "large"), large, 0o644))
 		}, blame: musterpb.Blame_BLAME_NETWORK, want: "uploading the outputs"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -986,13 +994,13 @@ func split(m *musterpb.WorkerMessage) []*musterpb.WorkerMessage {
 	}
 	var list []*musterpb.WorkerMessage
 	for _, id := range r.Started {
-		list = append(list, reports(&musterpb.Reports{Started: []string{id}}))
+		list = append(list, reported(&musterpb.Reports{Started: []string{id}}))
 	}
 	for _, c := range r.Commits {
-		list = append(list, reports(&musterpb.Reports{Commits: []*musterpb.Commit{c}, Blobs: r.Blobs}))
+		list = append(list, reported(&musterpb.Reports{Commits: []*musterpb.Commit{c}, Blobs: r.Blobs}))
 	}
 	for _, f := range r.Failed {
-		list = append(list, reports(&musterpb.Reports{Failed: []*musterpb.AttemptFailed{f}}))
+		list = append(list, reported(&musterpb.Reports{Failed: []*musterpb.AttemptFailed{f}}))
 	}
 	return list
 }
@@ -1017,4 +1025,8 @@ func failureIn(m *musterpb.WorkerMessage) *musterpb.AttemptFailed {
 		return list[0]
 	}
 	return nil
+}
+
+func reported(r *musterpb.Reports) *musterpb.WorkerMessage {
+	return &musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: r}}
 }

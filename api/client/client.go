@@ -59,7 +59,7 @@ func New(cfg Config) (*Client, error) {
 	base := NewTransport()
 	c := &Client{config: cfg, http: &http.Client{Transport: base}}
 	rpc := &http.Client{Transport: &failover{base: base, addresses: cfg.Addresses, patience: cfg.Patience}}
-	c.MusterClient = musterpbconnect.NewMusterClient(rpc, BaseURL(cfg.Addresses[0]), Bearer(cfg.Key))
+	c.MusterClient = musterpbconnect.NewMusterClient(rpc, BaseURL(cfg.Addresses[0]), Bearer(cfg.Key), Compression())
 	return c, nil
 }
 
@@ -179,7 +179,7 @@ func NewTransport() *http.Transport {
 
 // Session dials a worker's session to one scheduler.
 func Session(ctx context.Context, h *http.Client, address, key string) *connect.BidiStreamForClient[musterpb.WorkerMessage, musterpb.SchedulerMessage] {
-	return musterpbconnect.NewSessionsClient(h, BaseURL(address), Bearer(key)).Session(ctx)
+	return musterpbconnect.NewSessionsClient(h, BaseURL(address), Bearer(key), SessionWire()).Session(ctx)
 }
 
 // failover sends a request to the scheduler that answered last, and to the

@@ -132,10 +132,17 @@ func Tasks(count uint64, chunk uint32) uint32 {
 // [task·chunk, (task+1)·chunk) of the permutation under key. The specification
 // has passed Validate; a task that the job does not have has no items.
 func TaskItems(spec *musterpb.JobSpec, key []byte, task uint32) []uint64 {
-	return taskItems(NewPermutation(key, size(spec.GetItems())), spec.GetChunk(), task)
+	return OrderOf(spec, key).TaskItems(spec.GetChunk(), task)
 }
 
-func taskItems(p *Permutation, chunk, task uint32) []uint64 {
+// OrderOf is the order of a job's items, for who needs several of its tasks: to
+// set it up costs more than a small task's items.
+func OrderOf(spec *musterpb.JobSpec, key []byte) *Permutation {
+	return NewPermutation(key, size(spec.GetItems()))
+}
+
+// TaskItems is the ascending item indexes of a task of so many items.
+func (p *Permutation) TaskItems(chunk, task uint32) []uint64 {
 	first := uint64(task) * uint64(chunk)
 	last := min(first+uint64(chunk), p.n)
 	if first >= last {

@@ -980,6 +980,7 @@ type AttemptLog struct {
 	State         AttemptState           `protobuf:"varint,4,opt,name=state,proto3,enum=muster.v1.AttemptState" json:"state,omitempty"`
 	LogDigest     string                 `protobuf:"bytes,5,opt,name=log_digest,json=logDigest,proto3" json:"log_digest,omitempty"` // blob, zstd; empty while the attempt runs
 	Tail          []byte                 `protobuf:"bytes,6,opt,name=tail,proto3" json:"tail,omitempty"`                            // the newest output of a running attempt
+	Stored        *Stored                `protobuf:"bytes,7,opt,name=stored,proto3" json:"stored,omitempty"`                        // set, with log_bytes: the log lies in a bundle
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1052,6 +1053,13 @@ func (x *AttemptLog) GetLogDigest() string {
 func (x *AttemptLog) GetTail() []byte {
 	if x != nil {
 		return x.Tail
+	}
+	return nil
+}
+
+func (x *AttemptLog) GetStored() *Stored {
+	if x != nil {
+		return x.Stored
 	}
 	return nil
 }
@@ -2278,8 +2286,8 @@ type Reports struct {
 	Started []string               `protobuf:"bytes,1,rep,name=started,proto3" json:"started,omitempty"` // attempts that began
 	Commits []*Commit              `protobuf:"bytes,2,rep,name=commits,proto3" json:"commits,omitempty"` // one signature covers those that are sent together
 	Failed  []*AttemptFailed       `protobuf:"bytes,3,rep,name=failed,proto3" json:"failed,omitempty"`
-	// Small manifests and outputs that the commits name. Others are uploaded
-	// before their commit is sent.
+	// Manifests, outputs and logs that the commits name: all of a commit's, where
+	// each is small. Those of other commits are uploaded before they are sent.
 	Blobs         [][]byte `protobuf:"bytes,4,rep,name=blobs,proto3" json:"blobs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3497,7 +3505,7 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"after_task\x18\x03 \x01(\rR\tafterTask\"Y\n" +
 	"\x0fGetLogsResponse\x12)\n" +
 	"\x04logs\x18\x01 \x03(\v2\x15.muster.v1.AttemptLogR\x04logs\x12\x1b\n" +
-	"\tnext_task\x18\x02 \x01(\rR\bnextTask\"\xb4\x01\n" +
+	"\tnext_task\x18\x02 \x01(\rR\bnextTask\"\xdf\x01\n" +
 	"\n" +
 	"AttemptLog\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12\x12\n" +
@@ -3506,7 +3514,8 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x05state\x18\x04 \x01(\x0e2\x17.muster.v1.AttemptStateR\x05state\x12\x1d\n" +
 	"\n" +
 	"log_digest\x18\x05 \x01(\tR\tlogDigest\x12\x12\n" +
-	"\x04tail\x18\x06 \x01(\fR\x04tail\",\n" +
+	"\x04tail\x18\x06 \x01(\fR\x04tail\x12)\n" +
+	"\x06stored\x18\a \x01(\v2\x11.muster.v1.StoredR\x06stored\",\n" +
 	"\x12ListWorkersRequest\x12\x16\n" +
 	"\x06worker\x18\x01 \x01(\tR\x06worker\"H\n" +
 	"\x13ListWorkersResponse\x121\n" +
@@ -3810,83 +3819,84 @@ var file_muster_v1_service_proto_depIdxs = []int32{
 	59, // 7: muster.v1.TaskResult.stored:type_name -> muster.v1.Stored
 	17, // 8: muster.v1.GetLogsResponse.logs:type_name -> muster.v1.AttemptLog
 	60, // 9: muster.v1.AttemptLog.state:type_name -> muster.v1.AttemptState
-	20, // 10: muster.v1.ListWorkersResponse.workers:type_name -> muster.v1.WorkerStatus
-	61, // 11: muster.v1.WorkerStatus.worker:type_name -> muster.v1.Worker
-	62, // 12: muster.v1.WorkerStatus.records:type_name -> muster.v1.Record
-	63, // 13: muster.v1.CreateAccountRequest.role:type_name -> muster.v1.Role
-	27, // 14: muster.v1.GetAccountResponse.balances:type_name -> muster.v1.Balance
-	64, // 15: muster.v1.DepositManyRequest.deposits:type_name -> muster.v1.Deposit
-	65, // 16: muster.v1.ListTransfersResponse.transfers:type_name -> muster.v1.Transfer
-	36, // 17: muster.v1.ClusterStatusResponse.nodes:type_name -> muster.v1.NodeStatus
-	39, // 18: muster.v1.WorkerMessage.hello:type_name -> muster.v1.WorkerHello
-	40, // 19: muster.v1.WorkerMessage.proof:type_name -> muster.v1.WorkerProof
-	41, // 20: muster.v1.WorkerMessage.heartbeat:type_name -> muster.v1.Heartbeat
-	38, // 21: muster.v1.WorkerMessage.reports:type_name -> muster.v1.Reports
-	66, // 22: muster.v1.Reports.commits:type_name -> muster.v1.Commit
-	43, // 23: muster.v1.Reports.failed:type_name -> muster.v1.AttemptFailed
-	67, // 24: muster.v1.WorkerHello.capacity:type_name -> muster.v1.Capacity
-	42, // 25: muster.v1.Heartbeat.logs:type_name -> muster.v1.LogTail
-	68, // 26: muster.v1.AttemptFailed.blame:type_name -> muster.v1.Blame
-	46, // 27: muster.v1.SchedulerMessage.challenge:type_name -> muster.v1.Challenge
-	47, // 28: muster.v1.SchedulerMessage.welcome:type_name -> muster.v1.Welcome
-	45, // 29: muster.v1.SchedulerMessage.orders:type_name -> muster.v1.Orders
-	48, // 30: muster.v1.Orders.assign:type_name -> muster.v1.Assignment
-	49, // 31: muster.v1.Orders.stop:type_name -> muster.v1.Stop
-	50, // 32: muster.v1.Orders.outcomes:type_name -> muster.v1.Outcome
-	69, // 33: muster.v1.Assignment.image:type_name -> muster.v1.Image
-	70, // 34: muster.v1.Assignment.env:type_name -> muster.v1.EnvVar
-	71, // 35: muster.v1.Assignment.inputs:type_name -> muster.v1.Input
-	72, // 36: muster.v1.Assignment.items:type_name -> muster.v1.Items
-	73, // 37: muster.v1.Assignment.resources:type_name -> muster.v1.Resources
-	74, // 38: muster.v1.Assignment.outputs:type_name -> muster.v1.OutputMode
-	75, // 39: muster.v1.JoinRequest.node:type_name -> muster.v1.Node
-	76, // 40: muster.v1.ProposeRequest.command:type_name -> muster.v1.Command
-	77, // 41: muster.v1.ProposeResponse.answer:type_name -> muster.v1.Answer
-	0,  // 42: muster.v1.Muster.SubmitJob:input_type -> muster.v1.SubmitJobRequest
-	2,  // 43: muster.v1.Muster.GetJob:input_type -> muster.v1.GetJobRequest
-	4,  // 44: muster.v1.Muster.ListJobs:input_type -> muster.v1.ListJobsRequest
-	2,  // 45: muster.v1.Muster.WatchJob:input_type -> muster.v1.GetJobRequest
-	6,  // 46: muster.v1.Muster.CancelJob:input_type -> muster.v1.CancelJobRequest
-	8,  // 47: muster.v1.Muster.FundJob:input_type -> muster.v1.FundJobRequest
-	2,  // 48: muster.v1.Muster.ExplainJob:input_type -> muster.v1.GetJobRequest
-	12, // 49: muster.v1.Muster.GetResults:input_type -> muster.v1.GetResultsRequest
-	15, // 50: muster.v1.Muster.GetLogs:input_type -> muster.v1.GetLogsRequest
-	18, // 51: muster.v1.Muster.ListWorkers:input_type -> muster.v1.ListWorkersRequest
-	21, // 52: muster.v1.Muster.DrainWorker:input_type -> muster.v1.DrainWorkerRequest
-	23, // 53: muster.v1.Muster.CreateAccount:input_type -> muster.v1.CreateAccountRequest
-	25, // 54: muster.v1.Muster.GetAccount:input_type -> muster.v1.GetAccountRequest
-	28, // 55: muster.v1.Muster.Deposit:input_type -> muster.v1.DepositRequest
-	30, // 56: muster.v1.Muster.DepositMany:input_type -> muster.v1.DepositManyRequest
-	32, // 57: muster.v1.Muster.ListTransfers:input_type -> muster.v1.ListTransfersRequest
-	34, // 58: muster.v1.Muster.ClusterStatus:input_type -> muster.v1.ClusterStatusRequest
-	37, // 59: muster.v1.Sessions.Session:input_type -> muster.v1.WorkerMessage
-	51, // 60: muster.v1.Peers.Join:input_type -> muster.v1.JoinRequest
-	53, // 61: muster.v1.Peers.Propose:input_type -> muster.v1.ProposeRequest
-	1,  // 62: muster.v1.Muster.SubmitJob:output_type -> muster.v1.SubmitJobResponse
-	3,  // 63: muster.v1.Muster.GetJob:output_type -> muster.v1.GetJobResponse
-	5,  // 64: muster.v1.Muster.ListJobs:output_type -> muster.v1.ListJobsResponse
-	3,  // 65: muster.v1.Muster.WatchJob:output_type -> muster.v1.GetJobResponse
-	7,  // 66: muster.v1.Muster.CancelJob:output_type -> muster.v1.CancelJobResponse
-	9,  // 67: muster.v1.Muster.FundJob:output_type -> muster.v1.FundJobResponse
-	10, // 68: muster.v1.Muster.ExplainJob:output_type -> muster.v1.ExplainJobResponse
-	13, // 69: muster.v1.Muster.GetResults:output_type -> muster.v1.GetResultsResponse
-	16, // 70: muster.v1.Muster.GetLogs:output_type -> muster.v1.GetLogsResponse
-	19, // 71: muster.v1.Muster.ListWorkers:output_type -> muster.v1.ListWorkersResponse
-	22, // 72: muster.v1.Muster.DrainWorker:output_type -> muster.v1.DrainWorkerResponse
-	24, // 73: muster.v1.Muster.CreateAccount:output_type -> muster.v1.CreateAccountResponse
-	26, // 74: muster.v1.Muster.GetAccount:output_type -> muster.v1.GetAccountResponse
-	29, // 75: muster.v1.Muster.Deposit:output_type -> muster.v1.DepositResponse
-	31, // 76: muster.v1.Muster.DepositMany:output_type -> muster.v1.DepositManyResponse
-	33, // 77: muster.v1.Muster.ListTransfers:output_type -> muster.v1.ListTransfersResponse
-	35, // 78: muster.v1.Muster.ClusterStatus:output_type -> muster.v1.ClusterStatusResponse
-	44, // 79: muster.v1.Sessions.Session:output_type -> muster.v1.SchedulerMessage
-	52, // 80: muster.v1.Peers.Join:output_type -> muster.v1.JoinResponse
-	54, // 81: muster.v1.Peers.Propose:output_type -> muster.v1.ProposeResponse
-	62, // [62:82] is the sub-list for method output_type
-	42, // [42:62] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	59, // 10: muster.v1.AttemptLog.stored:type_name -> muster.v1.Stored
+	20, // 11: muster.v1.ListWorkersResponse.workers:type_name -> muster.v1.WorkerStatus
+	61, // 12: muster.v1.WorkerStatus.worker:type_name -> muster.v1.Worker
+	62, // 13: muster.v1.WorkerStatus.records:type_name -> muster.v1.Record
+	63, // 14: muster.v1.CreateAccountRequest.role:type_name -> muster.v1.Role
+	27, // 15: muster.v1.GetAccountResponse.balances:type_name -> muster.v1.Balance
+	64, // 16: muster.v1.DepositManyRequest.deposits:type_name -> muster.v1.Deposit
+	65, // 17: muster.v1.ListTransfersResponse.transfers:type_name -> muster.v1.Transfer
+	36, // 18: muster.v1.ClusterStatusResponse.nodes:type_name -> muster.v1.NodeStatus
+	39, // 19: muster.v1.WorkerMessage.hello:type_name -> muster.v1.WorkerHello
+	40, // 20: muster.v1.WorkerMessage.proof:type_name -> muster.v1.WorkerProof
+	41, // 21: muster.v1.WorkerMessage.heartbeat:type_name -> muster.v1.Heartbeat
+	38, // 22: muster.v1.WorkerMessage.reports:type_name -> muster.v1.Reports
+	66, // 23: muster.v1.Reports.commits:type_name -> muster.v1.Commit
+	43, // 24: muster.v1.Reports.failed:type_name -> muster.v1.AttemptFailed
+	67, // 25: muster.v1.WorkerHello.capacity:type_name -> muster.v1.Capacity
+	42, // 26: muster.v1.Heartbeat.logs:type_name -> muster.v1.LogTail
+	68, // 27: muster.v1.AttemptFailed.blame:type_name -> muster.v1.Blame
+	46, // 28: muster.v1.SchedulerMessage.challenge:type_name -> muster.v1.Challenge
+	47, // 29: muster.v1.SchedulerMessage.welcome:type_name -> muster.v1.Welcome
+	45, // 30: muster.v1.SchedulerMessage.orders:type_name -> muster.v1.Orders
+	48, // 31: muster.v1.Orders.assign:type_name -> muster.v1.Assignment
+	49, // 32: muster.v1.Orders.stop:type_name -> muster.v1.Stop
+	50, // 33: muster.v1.Orders.outcomes:type_name -> muster.v1.Outcome
+	69, // 34: muster.v1.Assignment.image:type_name -> muster.v1.Image
+	70, // 35: muster.v1.Assignment.env:type_name -> muster.v1.EnvVar
+	71, // 36: muster.v1.Assignment.inputs:type_name -> muster.v1.Input
+	72, // 37: muster.v1.Assignment.items:type_name -> muster.v1.Items
+	73, // 38: muster.v1.Assignment.resources:type_name -> muster.v1.Resources
+	74, // 39: muster.v1.Assignment.outputs:type_name -> muster.v1.OutputMode
+	75, // 40: muster.v1.JoinRequest.node:type_name -> muster.v1.Node
+	76, // 41: muster.v1.ProposeRequest.command:type_name -> muster.v1.Command
+	77, // 42: muster.v1.ProposeResponse.answer:type_name -> muster.v1.Answer
+	0,  // 43: muster.v1.Muster.SubmitJob:input_type -> muster.v1.SubmitJobRequest
+	2,  // 44: muster.v1.Muster.GetJob:input_type -> muster.v1.GetJobRequest
+	4,  // 45: muster.v1.Muster.ListJobs:input_type -> muster.v1.ListJobsRequest
+	2,  // 46: muster.v1.Muster.WatchJob:input_type -> muster.v1.GetJobRequest
+	6,  // 47: muster.v1.Muster.CancelJob:input_type -> muster.v1.CancelJobRequest
+	8,  // 48: muster.v1.Muster.FundJob:input_type -> muster.v1.FundJobRequest
+	2,  // 49: muster.v1.Muster.ExplainJob:input_type -> muster.v1.GetJobRequest
+	12, // 50: muster.v1.Muster.GetResults:input_type -> muster.v1.GetResultsRequest
+	15, // 51: muster.v1.Muster.GetLogs:input_type -> muster.v1.GetLogsRequest
+	18, // 52: muster.v1.Muster.ListWorkers:input_type -> muster.v1.ListWorkersRequest
+	21, // 53: muster.v1.Muster.DrainWorker:input_type -> muster.v1.DrainWorkerRequest
+	23, // 54: muster.v1.Muster.CreateAccount:input_type -> muster.v1.CreateAccountRequest
+	25, // 55: muster.v1.Muster.GetAccount:input_type -> muster.v1.GetAccountRequest
+	28, // 56: muster.v1.Muster.Deposit:input_type -> muster.v1.DepositRequest
+	30, // 57: muster.v1.Muster.DepositMany:input_type -> muster.v1.DepositManyRequest
+	32, // 58: muster.v1.Muster.ListTransfers:input_type -> muster.v1.ListTransfersRequest
+	34, // 59: muster.v1.Muster.ClusterStatus:input_type -> muster.v1.ClusterStatusRequest
+	37, // 60: muster.v1.Sessions.Session:input_type -> muster.v1.WorkerMessage
+	51, // 61: muster.v1.Peers.Join:input_type -> muster.v1.JoinRequest
+	53, // 62: muster.v1.Peers.Propose:input_type -> muster.v1.ProposeRequest
+	1,  // 63: muster.v1.Muster.SubmitJob:output_type -> muster.v1.SubmitJobResponse
+	3,  // 64: muster.v1.Muster.GetJob:output_type -> muster.v1.GetJobResponse
+	5,  // 65: muster.v1.Muster.ListJobs:output_type -> muster.v1.ListJobsResponse
+	3,  // 66: muster.v1.Muster.WatchJob:output_type -> muster.v1.GetJobResponse
+	7,  // 67: muster.v1.Muster.CancelJob:output_type -> muster.v1.CancelJobResponse
+	9,  // 68: muster.v1.Muster.FundJob:output_type -> muster.v1.FundJobResponse
+	10, // 69: muster.v1.Muster.ExplainJob:output_type -> muster.v1.ExplainJobResponse
+	13, // 70: muster.v1.Muster.GetResults:output_type -> muster.v1.GetResultsResponse
+	16, // 71: muster.v1.Muster.GetLogs:output_type -> muster.v1.GetLogsResponse
+	19, // 72: muster.v1.Muster.ListWorkers:output_type -> muster.v1.ListWorkersResponse
+	22, // 73: muster.v1.Muster.DrainWorker:output_type -> muster.v1.DrainWorkerResponse
+	24, // 74: muster.v1.Muster.CreateAccount:output_type -> muster.v1.CreateAccountResponse
+	26, // 75: muster.v1.Muster.GetAccount:output_type -> muster.v1.GetAccountResponse
+	29, // 76: muster.v1.Muster.Deposit:output_type -> muster.v1.DepositResponse
+	31, // 77: muster.v1.Muster.DepositMany:output_type -> muster.v1.DepositManyResponse
+	33, // 78: muster.v1.Muster.ListTransfers:output_type -> muster.v1.ListTransfersResponse
+	35, // 79: muster.v1.Muster.ClusterStatus:output_type -> muster.v1.ClusterStatusResponse
+	44, // 80: muster.v1.Sessions.Session:output_type -> muster.v1.SchedulerMessage
+	52, // 81: muster.v1.Peers.Join:output_type -> muster.v1.JoinResponse
+	54, // 82: muster.v1.Peers.Propose:output_type -> muster.v1.ProposeResponse
+	63, // [63:83] is the sub-list for method output_type
+	43, // [43:63] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_muster_v1_service_proto_init() }

@@ -379,6 +379,7 @@ func (m *AttemptLog) CloneVT() *AttemptLog {
 	r.Worker = m.Worker
 	r.State = m.State
 	r.LogDigest = m.LogDigest
+	r.Stored = m.Stored.CloneVT()
 	if rhs := m.Tail; rhs != nil {
 		tmpBytes := make([]byte, len(rhs))
 		copy(tmpBytes, rhs)
@@ -1839,6 +1840,9 @@ func (this *AttemptLog) EqualVT(that *AttemptLog) bool {
 		return false
 	}
 	if string(this.Tail) != string(that.Tail) {
+		return false
+	}
+	if !this.Stored.EqualVT(that.Stored) {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -4147,6 +4151,16 @@ func (m *AttemptLog) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.Stored != nil {
+		size, err := m.Stored.MarshalToSizedBufferVT(dAtA[:i])
+		if err != nil {
+			return 0, err
+		}
+		i -= size
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(size))
+		i--
+		dAtA[i] = 0x3a
 	}
 	if len(m.Tail) > 0 {
 		i -= len(m.Tail)
@@ -6831,6 +6845,10 @@ func (m *AttemptLog) SizeVT() (n int) {
 	}
 	l = len(m.Tail)
 	if l > 0 {
+		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.Stored != nil {
+		l = m.Stored.SizeVT()
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
 	}
 	n += len(m.unknownFields)
@@ -9981,6 +9999,42 @@ func (m *AttemptLog) UnmarshalVT(dAtA []byte) error {
 			m.Tail = append(m.Tail[:0], dAtA[iNdEx:postIndex]...)
 			if m.Tail == nil {
 				m.Tail = []byte{}
+			}
+			iNdEx = postIndex
+		case 7:
+			if wireType != 2 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Stored", wireType)
+			}
+			var msglen int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				msglen |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			if msglen < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			postIndex := iNdEx + msglen
+			if postIndex < 0 {
+				return protohelpers.ErrInvalidLength
+			}
+			if postIndex > l {
+				return io.ErrUnexpectedEOF
+			}
+			if m.Stored == nil {
+				m.Stored = &Stored{}
+			}
+			if err := m.Stored.UnmarshalVT(dAtA[iNdEx:postIndex]); err != nil {
+				return err
 			}
 			iNdEx = postIndex
 		default:

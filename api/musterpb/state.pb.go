@@ -1122,9 +1122,10 @@ type Job struct {
 	CheckedItems    uint64                 `protobuf:"varint,19,opt,name=checked_items,json=checkedItems,proto3" json:"checked_items,omitempty"`
 	Caught          uint64                 `protobuf:"varint,20,opt,name=caught,proto3" json:"caught,omitempty"`
 	SpentMicroUsd   int64                  `protobuf:"varint,21,opt,name=spent_micro_usd,json=spentMicroUsd,proto3" json:"spent_micro_usd,omitempty"`
-	LiveAttempts    uint32                 `protobuf:"varint,22,opt,name=live_attempts,json=liveAttempts,proto3" json:"live_attempts,omitempty"` // whose hold is open
-	OpenChecks      uint32                 `protobuf:"varint,23,opt,name=open_checks,json=openChecks,proto3" json:"open_checks,omitempty"`       // that have no verdict yet
-	Settled         bool                   `protobuf:"varint,24,opt,name=settled,proto3" json:"settled,omitempty"`                               // nothing of it can cost or pay any more
+	LiveAttempts    uint32                 `protobuf:"varint,22,opt,name=live_attempts,json=liveAttempts,proto3" json:"live_attempts,omitempty"`          // whose hold is open
+	OpenChecks      uint32                 `protobuf:"varint,23,opt,name=open_checks,json=openChecks,proto3" json:"open_checks,omitempty"`                // that have no verdict yet
+	Settled         bool                   `protobuf:"varint,24,opt,name=settled,proto3" json:"settled,omitempty"`                                        // nothing of it can cost or pay any more
+	SettledTransfer uint64                 `protobuf:"varint,25,opt,name=settled_transfer,json=settledTransfer,proto3" json:"settled_transfer,omitempty"` // the newest transfer when it settled; all of its own are among those
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1325,6 +1326,13 @@ func (x *Job) GetSettled() bool {
 		return x.Settled
 	}
 	return false
+}
+
+func (x *Job) GetSettledTransfer() uint64 {
+	if x != nil {
+		return x.SettledTransfer
+	}
+	return 0
 }
 
 type Task struct {
@@ -1820,6 +1828,8 @@ type Stored struct {
 	ManifestOffset int64                  `protobuf:"varint,2,opt,name=manifest_offset,json=manifestOffset,proto3" json:"manifest_offset,omitempty"`
 	ManifestBytes  int64                  `protobuf:"varint,3,opt,name=manifest_bytes,json=manifestBytes,proto3" json:"manifest_bytes,omitempty"`
 	ArchiveOffset  int64                  `protobuf:"varint,4,opt,name=archive_offset,json=archiveOffset,proto3" json:"archive_offset,omitempty"` // Commit.archive_bytes of them
+	LogOffset      int64                  `protobuf:"varint,5,opt,name=log_offset,json=logOffset,proto3" json:"log_offset,omitempty"`
+	LogBytes       int64                  `protobuf:"varint,6,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"` // 0: the log, if there is one, is a blob of its own
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1878,6 +1888,20 @@ func (x *Stored) GetManifestBytes() int64 {
 func (x *Stored) GetArchiveOffset() int64 {
 	if x != nil {
 		return x.ArchiveOffset
+	}
+	return 0
+}
+
+func (x *Stored) GetLogOffset() int64 {
+	if x != nil {
+		return x.LogOffset
+	}
+	return 0
+}
+
+func (x *Stored) GetLogBytes() int64 {
+	if x != nil {
+		return x.LogBytes
 	}
 	return 0
 }
@@ -3381,7 +3405,7 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x05class\x18\x02 \x01(\tR\x05class\x12 \n" +
 	"\vapplication\x18\x03 \x01(\tR\vapplication\x12\x16\n" +
 	"\x06passed\x18\x04 \x01(\x04R\x06passed\x12\x1a\n" +
-	"\boffences\x18\x05 \x01(\x04R\boffences\"\x84\x06\n" +
+	"\boffences\x18\x05 \x01(\x04R\boffences\"\xaf\x06\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaccount\x18\x02 \x01(\tR\aaccount\x12&\n" +
@@ -3408,7 +3432,8 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\rlive_attempts\x18\x16 \x01(\rR\fliveAttempts\x12\x1f\n" +
 	"\vopen_checks\x18\x17 \x01(\rR\n" +
 	"openChecks\x12\x18\n" +
-	"\asettled\x18\x18 \x01(\bR\asettled\"\xb7\x02\n" +
+	"\asettled\x18\x18 \x01(\bR\asettled\x12)\n" +
+	"\x10settled_transfer\x18\x19 \x01(\x04R\x0fsettledTransfer\"\xb7\x02\n" +
 	"\x04Task\x12\x10\n" +
 	"\x03job\x18\x01 \x01(\tR\x03job\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\rR\x06number\x12*\n" +
@@ -3463,12 +3488,15 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"\x04leaf\x18\t \x01(\x04R\x04leaf\x12\x16\n" +
 	"\x06leaves\x18\n" +
 	" \x01(\x04R\x06leaves\x12\x12\n" +
-	"\x04path\x18\v \x03(\fR\x04path\"\x97\x01\n" +
+	"\x04path\x18\v \x03(\fR\x04path\"\xd3\x01\n" +
 	"\x06Stored\x12\x16\n" +
 	"\x06bundle\x18\x01 \x01(\tR\x06bundle\x12'\n" +
 	"\x0fmanifest_offset\x18\x02 \x01(\x03R\x0emanifestOffset\x12%\n" +
 	"\x0emanifest_bytes\x18\x03 \x01(\x03R\rmanifestBytes\x12%\n" +
-	"\x0earchive_offset\x18\x04 \x01(\x03R\rarchiveOffset\"S\n" +
+	"\x0earchive_offset\x18\x04 \x01(\x03R\rarchiveOffset\x12\x1d\n" +
+	"\n" +
+	"log_offset\x18\x05 \x01(\x03R\tlogOffset\x12\x1b\n" +
+	"\tlog_bytes\x18\x06 \x01(\x03R\blogBytes\"S\n" +
 	"\bManifest\x12\x18\n" +
 	"\aattempt\x18\x01 \x01(\tR\aattempt\x12-\n" +
 	"\x05items\x18\x02 \x03(\v2\x17.muster.v1.ManifestItemR\x05items\"\x82\x02\n" +

@@ -237,6 +237,7 @@ func (m *Job) CloneVT() *Job {
 	r.LiveAttempts = m.LiveAttempts
 	r.OpenChecks = m.OpenChecks
 	r.Settled = m.Settled
+	r.SettledTransfer = m.SettledTransfer
 	if rhs := m.PermutationKey; rhs != nil {
 		tmpBytes := make([]byte, len(rhs))
 		copy(tmpBytes, rhs)
@@ -398,6 +399,8 @@ func (m *Stored) CloneVT() *Stored {
 	r.ManifestOffset = m.ManifestOffset
 	r.ManifestBytes = m.ManifestBytes
 	r.ArchiveOffset = m.ArchiveOffset
+	r.LogOffset = m.LogOffset
+	r.LogBytes = m.LogBytes
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -1303,6 +1306,9 @@ func (this *Job) EqualVT(that *Job) bool {
 	if this.Settled != that.Settled {
 		return false
 	}
+	if this.SettledTransfer != that.SettledTransfer {
+		return false
+	}
 	return string(this.unknownFields) == string(that.unknownFields)
 }
 
@@ -1554,6 +1560,12 @@ func (this *Stored) EqualVT(that *Stored) bool {
 		return false
 	}
 	if this.ArchiveOffset != that.ArchiveOffset {
+		return false
+	}
+	if this.LogOffset != that.LogOffset {
+		return false
+	}
+	if this.LogBytes != that.LogBytes {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -3120,6 +3132,13 @@ func (m *Job) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.SettledTransfer != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.SettledTransfer))
+		i--
+		dAtA[i] = 0x1
+		i--
+		dAtA[i] = 0xc8
+	}
 	if m.Settled {
 		i--
 		if m.Settled {
@@ -3758,6 +3777,16 @@ func (m *Stored) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.LogBytes != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.LogBytes))
+		i--
+		dAtA[i] = 0x30
+	}
+	if m.LogOffset != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.LogOffset))
+		i--
+		dAtA[i] = 0x28
 	}
 	if m.ArchiveOffset != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.ArchiveOffset))
@@ -5503,6 +5532,9 @@ func (m *Job) SizeVT() (n int) {
 	if m.Settled {
 		n += 3
 	}
+	if m.SettledTransfer != 0 {
+		n += 2 + protohelpers.SizeOfVarint(uint64(m.SettledTransfer))
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -5734,6 +5766,12 @@ func (m *Stored) SizeVT() (n int) {
 	}
 	if m.ArchiveOffset != 0 {
 		n += 1 + protohelpers.SizeOfVarint(uint64(m.ArchiveOffset))
+	}
+	if m.LogOffset != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.LogOffset))
+	}
+	if m.LogBytes != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.LogBytes))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -8783,6 +8821,25 @@ func (m *Job) UnmarshalVT(dAtA []byte) error {
 				}
 			}
 			m.Settled = bool(v != 0)
+		case 25:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field SettledTransfer", wireType)
+			}
+			m.SettledTransfer = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.SettledTransfer |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -10346,6 +10403,44 @@ func (m *Stored) UnmarshalVT(dAtA []byte) error {
 				b := dAtA[iNdEx]
 				iNdEx++
 				m.ArchiveOffset |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 5:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field LogOffset", wireType)
+			}
+			m.LogOffset = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.LogOffset |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 6:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field LogBytes", wireType)
+			}
+			m.LogBytes = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.LogBytes |= int64(b&0x7F) << shift
 				if b < 0x80 {
 					break
 				}

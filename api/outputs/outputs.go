@@ -11,12 +11,10 @@
 package outputs
 
 import (
-	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"path"
 	"path/filepath"
-	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -35,6 +33,10 @@ const (
 
 // MaxLineBytes bounds a line of an input and of ResultsFile.
 const MaxLineBytes = 16 << 20
+
+// MaxInline bounds a manifest, an archive and a log that travel with their
+// worker's report, in place of being uploaded before it.
+const MaxInline = 32 << 10
 
 // maxPathBytes bounds the path of an output file within its item.
 const maxPathBytes = 1024
@@ -71,26 +73,20 @@ type fileDigest struct {
 // digestDomain separates the digest of an item from any other use of SHA-256.
 const digestDomain = "muster item output v1\x00"
 
-// itemDigest covers paths, sizes and contents of an item's files, in order of
-// path: every part has a fixed length or its length in front, so that no two
-// sets of files share an encoding.
-func itemDigest(files []fileDigest) []byte {
-	slices.SortFunc(files, func(a, b fileDigest) int { return cmp.Compare(a.path, b.path) })
-	h := sha256.New()
-	number := func(n uint64) {
-		var b [8]byte
-		binary.BigEndian.PutUint64(b[:], n)
-		h.Write(b[:])
-	}
-	h.Write([]byte(digestDomain))
-	number(uint64(len(files)))
+// itemDigest covers paths, sizes and contents of an item's files, which are in
+// order of path: every part has a fixed length or its length in front, so that no
+// two sets of files share an encoding.
+func itemDigest(files []fileDigest) [sha256.Size]byte {
+	var space [512]byte // enough for the usual few
+	b := append(space[:0], digestDomain...)
+	b = binary.BigEndian.AppendUint64(b, uint64(len(files)))
 	for _, f := range files {
-		number(uint64(len(f.path)))
-		h.Write([]byte(f.path))
-		number(uint64(f.size))
-		h.Write(f.sum[:])
+		b = binary.BigEndian.AppendUint64(b, uint64(len(f.path)))
+		b = append(b, f.path...)
+		b = binary.BigEndian.AppendUint64(b, uint64(f.size))
+		b = append(b, f.sum[:]...)
 	}
-	return h.Sum(nil)
+	return sha256.Sum256(b)
 }
 
 // checkPath is what is wrong with the path of an output file; empty for

@@ -13,8 +13,6 @@ import (
 	"path"
 	"path/filepath"
 
-	"github.com/klauspost/compress/zstd"
-
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 )
@@ -42,23 +40,55 @@ func WalkItem(ctx context.Context, archive io.ReaderAt, mi *musterpb.ManifestIte
 	if mi.GetOutputBytes() < 0 || mi.GetOffset() < 0 || mi.GetLength() <= 0 {
 		return invalid(mi, "the manifest has a negative size")
 	}
-	from := &origin{r: io.NewSectionReader(archive, mi.Offset, mi.Length), ctx: ctx}
-	z, err := zstd.NewReader(from, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderLowmem(true))
-	if err != nil {
-		return api.Errorf(api.Internal, "zstd: %w", err)
-	}
-	defer z.Close()
-	w := &walk{mi: mi, left: mi.OutputBytes, visit: visit, paths: make(map[string]bool)}
-	err = w.tar(&bounded{r: z, left: mi.OutputBytes + (int64(mi.Files)+1)*tarOverhead})
+	w := &walk{mi: mi, left: mi.OutputBytes, visit: visit}
+	defer w.close()
+	stored, err := w.frame(ctx, archive, mi.OutputBytes+(int64(mi.Files)+1)*tarOverhead)
 	switch {
-	case from.err != nil:
-		return api.Errorf(api.KindOf(from.err), "index %d: %w", mi.Index, from.err) // the store failed, not the worker
+	case stored != nil:
+		return api.Errorf(api.KindOf(stored), "index %d: %w", mi.Index, stored) // the store failed, not the worker
 	case w.visitErr != nil:
 		return w.visitErr
 	case err != nil:
 		return invalid(mi, "the frame is damaged: %w", err)
 	}
 	return w.verify()
+}
+
+// frame walks the item's frame, which may unpack to most bytes. It tells errors
+// of the archive's store from damage.
+func (w *walk) frame(ctx context.Context, archive io.ReaderAt, most int64) (stored, damaged error) {
+	if isSmall(w.mi.Length, most) {
+		if err := ctx.Err(); err != nil {
+			return givenUp(err), nil
+		}
+		w.decoder = smallDecoders.Get().(*smallDecoder)
+		unpacked, whole, err := w.decoder.unpack(archive, w.mi.Offset, w.mi.Length, most)
+		if err != nil {
+			return err, nil
+		}
+		if whole {
+			return nil, w.small(unpacked)
+		}
+		// Read as a stream, the errors say what is wrong.
+	}
+	from := &origin{r: io.NewSectionReader(archive, w.mi.Offset, w.mi.Length), ctx: ctx}
+	z, release, err := stream(from)
+	if err != nil {
+		return err, nil
+	}
+	defer release()
+	err = w.tar(&bounded{r: z, left: most})
+	return from.err, err
+}
+
+func (w *walk) close() {
+	if w.decoder != nil {
+		smallDecoders.Put(w.decoder)
+	}
+}
+
+func givenUp(err error) error {
+	return api.Errorf(api.Unavailable, "reading the archive was given up: %w", err)
 }
 
 func invalid(mi *musterpb.ManifestItem, format string, args ...any) error {
@@ -74,7 +104,7 @@ type origin struct {
 
 func (o *origin) Read(p []byte) (int, error) {
 	if err := o.ctx.Err(); err != nil {
-		o.err = api.Errorf(api.Unavailable, "reading the archive was given up: %w", err)
+		o.err = givenUp(err)
 		return 0, o.err
 	}
 	n, err := o.r.Read(p)
@@ -93,7 +123,7 @@ type bounded struct {
 func (b *bounded) Read(p []byte) (int, error) {
 	n, err := b.r.Read(p)
 	if b.left -= int64(n); b.left < 0 {
-		return 0, errors.New("it unpacks to more than the manifest declares")
+		return 0, errTooMuch
 	}
 	return n, err
 }
@@ -105,8 +135,31 @@ type walk struct {
 	visit    func(string, int64, io.Reader) error
 	visitErr error
 	last     string
-	paths    map[string]bool
+	paths    nameSet       // nil until it can matter
+	decoder  *smallDecoder // holds files and what visit reads; nil for a stream
 	files    []fileDigest
+}
+
+// small walks a tar that is in memory.
+func (w *walk) small(unpacked []byte) error {
+	d, plain := w.decoder, false
+	if d.files, plain = parsePlain(d.files[:0], unpacked); !plain {
+		return w.tar(bytes.NewReader(unpacked))
+	}
+	w.files = d.digests[:0]
+	for _, f := range d.files {
+		size := int64(len(f.content))
+		if err := w.enter(f.name, size); err != nil {
+			return err
+		}
+		if err := w.visit(f.name, size, bytes.NewReader(f.content)); err != nil {
+			w.visitErr = err
+			return err
+		}
+		w.files = append(w.files, fileDigest{f.name, size, sha256.Sum256(f.content)})
+	}
+	d.digests = w.files
+	return nil
 }
 
 func (w *walk) tar(r io.Reader) error {
@@ -139,27 +192,39 @@ func (onlyZeros) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (w *walk) file(header *tar.Header, content io.Reader) error {
-	name := header.Name
+// enter checks that a file may come next.
+func (w *walk) enter(name string, size int64) error {
 	switch {
-	case header.Typeflag != tar.TypeReg:
-		return errors.New(shorten(name) + " is not a file")
 	case checkPath(name) != "":
 		return errors.New(shorten(name) + " " + checkPath(name))
 	case name <= w.last:
 		return errors.New(shorten(name) + " is out of order")
 	case len(w.files) == int(w.mi.Files):
 		return errors.New("it holds more files than the manifest declares")
-	case header.Size > w.left:
+	case size > w.left:
 		return errors.New("it holds more bytes than the manifest declares")
+	case w.paths.parent(name) != "":
+		return errors.New(shorten(name) + " lies below a file")
 	}
-	for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
-		if w.paths[dir] {
-			return errors.New(shorten(name) + " lies below a file")
+	if w.mi.Files > 1 {
+		if w.paths == nil {
+			w.paths = make(nameSet)
 		}
+		w.paths[name] = true
 	}
-	w.paths[name], w.last = true, name
-	w.left -= header.Size
+	w.last = name
+	w.left -= size
+	return nil
+}
+
+func (w *walk) file(header *tar.Header, content io.Reader) error {
+	name := header.Name
+	if header.Typeflag != tar.TypeReg {
+		return errors.New(shorten(name) + " is not a file")
+	}
+	if err := w.enter(name, header.Size); err != nil {
+		return err
+	}
 	h := sha256.New()
 	counted := &counter{r: io.TeeReader(content, h)}
 	if err := w.visit(name, header.Size, counted); err != nil {
@@ -200,7 +265,7 @@ func (w *walk) verify() error {
 		return invalid(w.mi, "the frame holds %d bytes in %d files; the manifest declares %d in %d",
 			w.mi.OutputBytes-w.left, len(w.files), w.mi.OutputBytes, w.mi.Files)
 	}
-	if subtle.ConstantTimeCompare(itemDigest(w.files), w.mi.OutputDigest) != 1 {
+	if digest := itemDigest(w.files); subtle.ConstantTimeCompare(digest[:], w.mi.OutputDigest) != 1 {
 		return invalid(w.mi, "the files do not match the digest in the manifest")
 	}
 	return nil

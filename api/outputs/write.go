@@ -23,10 +23,6 @@ import (
 	"github.com/musternet/muster/api/musterpb"
 )
 
-// maxWindow bounds the memory that reading a frame takes; every frame that
-// Write makes stays within it.
-const maxWindow = 8 << 20
-
 // Write packs what a job's program left in dir, the host's side of /out, into
 // the file dst, and returns the manifest's items. Items come in order of index.
 //
@@ -47,15 +43,13 @@ func Write(ctx context.Context, dir string, mode musterpb.OutputMode, items []It
 	if err != nil {
 		return nil, Summary{}, diskError(err)
 	}
-	w, err := newWriter(ctx, f, root, limits)
-	if err == nil {
-		if mode == musterpb.OutputMode_OUTPUT_MODE_LINES {
-			err = w.lines(items)
-		} else {
-			err = w.directories(items)
-		}
-		err = errors.Join(err, w.zstd.Close())
+	w := newWriter(ctx, f, root, limits)
+	if mode == musterpb.OutputMode_OUTPUT_MODE_LINES {
+		err = w.lines(items)
+	} else {
+		err = w.directories(items)
 	}
+	w.close()
 	if err == nil {
 		err = diskError(f.Sync())
 	}
@@ -81,26 +75,31 @@ func diskError(err error) error {
 // writer appends frames to an archive.
 type writer struct {
 	ctx    context.Context
-	root   *os.Root // /out
+	root   *os.Root // /out; nil where the files are in memory
 	limits Limits
 
-	archive  *os.File
+	archive  io.Writer
 	sum      hash.Hash // of the archive
 	offset   int64     // its length
-	zstd     *zstd.Encoder
+	small    *smallEncoder
+	zstd     *zstd.Encoder // nil until an item is too large for small
 	manifest []*musterpb.ManifestItem
 	bytes    int64 // of all outputs so far
 	files    int
 }
 
-func newWriter(ctx context.Context, archive *os.File, root *os.Root, limits Limits) (*writer, error) {
-	w := &writer{ctx: ctx, root: root, limits: limits, archive: archive, sum: sha256.New()}
-	var err error
-	w.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(maxWindow), zstd.WithEncoderLevel(zstd.SpeedDefault))
-	if err != nil {
-		return nil, api.Errorf(api.Internal, "zstd: %w", err)
+// newWriter returns a writer that close must follow.
+func newWriter(ctx context.Context, archive io.Writer, root *os.Root, limits Limits) *writer {
+	return &writer{ctx: ctx, root: root, limits: limits, archive: archive, sum: sha256.New(), small: smallEncoders.Get().(*smallEncoder)}
+}
+
+// close gives the compressors back.
+func (w *writer) close() {
+	smallEncoders.Put(w.small)
+	if w.zstd != nil {
+		w.zstd.Reset(nil)
+		streamEncoders.Put(w.zstd)
 	}
-	return w, nil
 }
 
 func (w *writer) summary() Summary {
@@ -120,35 +119,32 @@ type source struct {
 	path  string // within the item
 	shown string // as a message names it
 	size  int64
+	data  []byte // its content, where open is nil
 	open  func() (io.ReadCloser, error)
 }
 
 // frame appends the frame of one item.
 func (w *writer) frame(item Item, sources []source) error {
 	slices.SortFunc(sources, func(a, b source) int { return strings.Compare(a.path, b.path) })
-	start, total := w.offset, int64(0)
-	w.zstd.Reset(w)
-	t := tar.NewWriter(w.zstd)
-	files := make([]fileDigest, 0, len(sources))
+	start, total, most := w.offset, int64(0), int64(tarOverhead)
 	for _, s := range sources {
-		sum, err := w.file(t, s)
-		if err != nil {
-			return fmt.Errorf("item %d: %w", item.Value, err)
-		}
-		files = append(files, fileDigest{s.path, s.size, sum})
 		total += s.size
+		most += s.size + tarOverhead
 	}
-	if err := t.Close(); err != nil {
-		return diskError(err)
+	pack := w.streamed
+	if most <= maxSmall {
+		pack = w.inOnePiece
 	}
-	if err := w.zstd.Close(); err != nil {
-		return diskError(err)
+	files, err := pack(item, sources)
+	if err != nil {
+		return err
 	}
+	digest := itemDigest(files)
 	w.bytes += total
 	w.files += len(sources)
 	w.manifest = append(w.manifest, &musterpb.ManifestItem{
 		Index:        item.Index,
-		OutputDigest: itemDigest(files),
+		OutputDigest: digest[:],
 		Offset:       start,
 		Length:       w.offset - start,
 		OutputBytes:  total,
@@ -157,25 +153,85 @@ func (w *writer) frame(item Item, sources []source) error {
 	return nil
 }
 
+// inOnePiece appends a frame that fits in memory.
+func (w *writer) inOnePiece(item Item, sources []source) ([]fileDigest, error) {
+	e := w.small
+	e.tar = e.tar[:0]
+	files := e.files[:0]
+	for _, s := range sources {
+		file, err := e.add(w.ctx, s)
+		if err != nil {
+			return nil, fmt.Errorf("item %d: %w", item.Value, err)
+		}
+		files = append(files, file)
+	}
+	e.files = files
+	e.tar = append(e.tar, zeroBlocks[:]...)
+	_, err := w.Write(e.compress())
+	return files, err
+}
+
+// streamed appends a frame of any size.
+func (w *writer) streamed(item Item, sources []source) ([]fileDigest, error) {
+	if w.zstd == nil {
+		w.zstd = streamEncoders.Get().(*zstd.Encoder)
+	}
+	w.zstd.Reset(w)
+	files, err := w.tar(w.zstd, item, sources)
+	if err != nil {
+		return nil, err
+	}
+	return files, diskError(w.zstd.Close())
+}
+
+// tar writes an item's files and returns their digests.
+func (w *writer) tar(to io.Writer, item Item, sources []source) ([]fileDigest, error) {
+	t := tar.NewWriter(to)
+	files := make([]fileDigest, 0, len(sources))
+	for _, s := range sources {
+		sum, err := w.file(t, s)
+		if err != nil {
+			return nil, fmt.Errorf("item %d: %w", item.Value, err)
+		}
+		files = append(files, fileDigest{s.path, s.size, sum})
+	}
+	return files, diskError(t.Close())
+}
+
+// fileHeader is the header of a file in an item's tar: outputs have no times,
+// owners and modes.
+func fileHeader(name string, size int64) *tar.Header {
+	return &tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o644, ModTime: time.Unix(0, 0)}
+}
+
 // file streams one file into the item's tar and hashes it on the way.
 func (w *writer) file(t *tar.Writer, s source) (sum [sha256.Size]byte, err error) {
-	if err := t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: s.path, Size: s.size, Mode: 0o644, ModTime: time.Unix(0, 0)}); err != nil {
+	if err := t.WriteHeader(fileHeader(s.path, s.size)); err != nil {
 		return sum, diskError(err)
+	}
+	h := sha256.New()
+	if err := s.copyTo(w.ctx, io.MultiWriter(t, h)); err != nil {
+		return sum, err
+	}
+	return [sha256.Size]byte(h.Sum(nil)), nil
+}
+
+// copyTo writes the content of a file.
+func (s *source) copyTo(ctx context.Context, to io.Writer) error {
+	if s.open == nil {
+		_, err := to.Write(s.data)
+		return machineError(err)
 	}
 	r, err := s.open()
 	if err != nil {
-		return sum, err
+		return machineError(err)
 	}
 	defer r.Close()
-	h := sha256.New()
-	n, err := io.Copy(io.MultiWriter(t, h), io.LimitReader(&ctxReader{w.ctx, r}, s.size))
+	n, err := io.Copy(to, io.LimitReader(&ctxReader{ctx, r}, s.size))
 	if err == nil && n < s.size {
 		err = api.Errorf(api.Invalid, "%s became shorter while it was read; the program must have ended before its outputs are taken", s.shown)
 	}
-	if err != nil {
-		return sum, machineError(err)
-	}
-	return [sha256.Size]byte(h.Sum(nil)), nil
+	return machineError(err)
 }
 
 // machineError gives an error without a kind that of a broken machine.

@@ -231,7 +231,7 @@ func (s *sessionService) Session(ctx context.Context, stream *connect.BidiStream
 	if key.Role == musterpb.Role_ROLE_READER {
 		return api.Errorf(api.Denied, "a reader key may not run workers")
 	}
-	if id, address := s.Scheduler.Leader(); id != s.Scheduler.ID() {
+	if id, address := (*Server)(s).awaitLeader(ctx); id != s.Scheduler.ID() {
 		err := connect.NewError(connect.CodeUnavailable, errNotLeader)
 		err.Meta().Set(leaderHeader, address)
 		return err

@@ -416,5 +416,5 @@ func (s *Server) attempt(ctx context.Context, job *musterpb.Job, id string) (*mu
 }
 
 func (s *Server) log(a *musterpb.Attempt) *musterpb.AttemptLog {
-	return &musterpb.AttemptLog{Attempt: a.Id, Task: a.Task, Worker: a.Worker, State: a.State, LogDigest: a.LogDigest, Tail: s.Scheduler.LogTail(a.Id)}
+	return &musterpb.AttemptLog{Attempt: a.Id, Task: a.Task, Worker: a.Worker, State: a.State, LogDigest: a.LogDigest, Stored: a.Stored, Tail: s.Scheduler.LogTail(a.Id)}
 }

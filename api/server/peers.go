@@ -35,7 +35,7 @@ func NewPeers(key ed25519.PrivateKey) *Peers {
 
 // Propose asks the leader to propose what this node says for itself.
 func (p *Peers) Propose(ctx context.Context, address string, r *musterpb.ProposeRequest) (*musterpb.Answer, error) {
-	resp, err := musterpbconnect.NewPeersClient(p.http, client.BaseURL(address)).Propose(ctx, connect.NewRequest(r))
+	resp, err := musterpbconnect.NewPeersClient(p.http, client.BaseURL(address), client.Compression()).Propose(ctx, connect.NewRequest(r))
 	if err != nil {
 		return nil, api.FromConnect(err)
 	}

@@ -41,6 +41,8 @@ type Scheduler interface {
 	CheckRead() error
 	// Leader is the node that leads, with its API address; empty during elections.
 	Leader() (api.NodeID, string)
+	// AwaitLeader is Leader, once an election that is under way is over.
+	AwaitLeader(ctx context.Context) (api.NodeID, string)
 	Explain(job string) (*musterpb.ExplainJobResponse, error)
 	// Connected reports which workers have a session, LogTail what a running
 	// attempt printed last. Only the leader knows either.
@@ -94,12 +96,12 @@ func New(cfg Config) *Server {
 func (s *Server) Handler() http.Handler {
 	options := []connect.HandlerOption{
 		connect.WithReadMaxBytes(MaxRequestBytes), connect.WithInterceptors(errorKinds{}),
-		connect.WithRecover(s.recovered),
+		connect.WithRecover(s.recovered), client.Compression(),
 	}
 	mux := http.NewServeMux()
 	path, muster := musterpbconnect.NewMusterHandler(s, options...)
 	mux.Handle(path, s.forwarded(s.authenticated(muster))) // the leader knows every key
-	path, sessions := musterpbconnect.NewSessionsHandler((*sessionService)(s), options...)
+	path, sessions := musterpbconnect.NewSessionsHandler((*sessionService)(s), append(options, client.SessionWire())...)
 	mux.Handle(path, s.authenticated(writesWithin(sessionWrite, sessions)))
 	path, peers := musterpbconnect.NewPeersHandler((*peerService)(s), options...)
 	mux.Handle(path, s.forwarded(peers))
@@ -176,13 +178,27 @@ const (
 	HeaderRead = "Muster-Read"
 )
 
+// electionWait is how long a call waits for an election to end: most end sooner,
+// and whoever calls would only call again.
+const electionWait = 2 * time.Second
+
+func (s *Server) awaitLeader(ctx context.Context) (api.NodeID, string) {
+	ctx, cancel := context.WithTimeout(ctx, electionWait)
+	defer cancel()
+	return s.Scheduler.AwaitLeader(ctx)
+}
+
 // forwarded passes a call on to the leader where this node is not it.
 func (s *Server) forwarded(next http.Handler) http.Handler {
 	transport := client.NewTransport()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		leader, address := s.Scheduler.Leader()
+		if r.Header.Get(HeaderRead) == "stale" {
+			next.ServeHTTP(w, r)
+			return
+		}
+		leader, address := s.awaitLeader(r.Context())
 		switch {
-		case leader == s.Scheduler.ID() || r.Header.Get(HeaderRead) == "stale":
+		case leader == s.Scheduler.ID():
 			next.ServeHTTP(w, r)
 		case address == "" || r.Header.Get(headerForwarded) != "":
 			writeError(w, r, api.Errorf(api.Unavailable, "the schedulers are electing a leader; try again in a second"))

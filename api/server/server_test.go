@@ -49,6 +49,8 @@ var (
 
 func (f *fakeScheduler) ID() api.NodeID { return f.id }
 
+func (f *fakeScheduler) AwaitLeader(context.Context) (api.NodeID, string) { return f.Leader() }
+
 func (f *fakeScheduler) Leader() (api.NodeID, string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

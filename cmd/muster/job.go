@@ -21,6 +21,7 @@ import (
 	"github.com/vbauerster/mpb/v8/decor"
 
 	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/blob"
 	"github.com/musternet/muster/api/client"
 	"github.com/musternet/muster/api/jobspec"
 	"github.com/musternet/muster/api/musterpb"
@@ -237,7 +238,7 @@ func logText(ctx context.Context, c *client.Client, l *musterpb.AttemptLog) (str
 	if l.LogDigest == "" {
 		return string(l.Tail), nil
 	}
-	r, err := c.Blobs().Open(ctx, api.Digest(l.LogDigest))
+	r, err := blob.OpenLog(ctx, c.Blobs(), l.LogDigest, l.Stored)
 	if err != nil {
 		return "", err
 	}
@@ -480,11 +481,11 @@ type fetcher struct {
 }
 
 func (f *fetcher) task(ctx context.Context, r *musterpb.TaskResult) error {
-	m, err := f.manifest(ctx, r.ManifestDigest)
+	m, err := f.manifest(ctx, r)
 	if err != nil {
 		return err
 	}
-	archive, err := f.c.Blobs().Open(ctx, api.Digest(r.ArchiveDigest))
+	archive, err := blob.OpenArchive(ctx, f.c.Blobs(), r.ArchiveDigest, r.ArchiveBytes, r.Stored)
 	if err != nil {
 		return err
 	}
@@ -510,8 +511,8 @@ func (f *fetcher) task(ctx context.Context, r *musterpb.TaskResult) error {
 // maxManifestBytes bounds a manifest, as the schedulers do.
 const maxManifestBytes = 64 << 20
 
-func (f *fetcher) manifest(ctx context.Context, digest string) (*musterpb.Manifest, error) {
-	r, err := f.c.Blobs().Open(ctx, api.Digest(digest))
+func (f *fetcher) manifest(ctx context.Context, t *musterpb.TaskResult) (*musterpb.Manifest, error) {
+	r, err := blob.OpenManifest(ctx, f.c.Blobs(), t.ManifestDigest, t.Stored)
 	if err != nil {
 		return nil, err
 	}

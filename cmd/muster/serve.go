@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -18,6 +19,10 @@ import (
 	"github.com/musternet/muster/gpu/nvml"
 	"github.com/musternet/muster/scheduler"
 )
+
+// schedulerGC is GOGC for a scheduler: what it keeps is small beside what it
+// makes and drops, so that collecting less often costs little memory.
+const schedulerGC = 400
 
 func newScheduler(g *globals) *cobra.Command {
 	var c node.Scheduler
@@ -56,6 +61,9 @@ network or on loopback.`,
 				}
 				fmt.Fprintf(cmd.OutOrStdout(), "ready scheduler=%s api=%s\n", info.ID, info.Address)
 			}
+			if os.Getenv("GOGC") == "" {
+				debug.SetGCPercent(schedulerGC)
+			}
 			return c.Run(cmd.Context())
 		},
 	}
@@ -68,10 +76,11 @@ network or on loopback.`,
 	f.StringVar(&c.RaftAdvertise, "raft-advertise", "", "the same as the others dial it (default: --raft-listen)")
 	f.StringSliceVar(&join, "join", nil, "API addresses of the cluster to join")
 	f.StringVar(&c.Blobs, "blobs", "", "URL of a shared blob store, such as s3://bucket?region=eu-central-1 (default: on the schedulers, replicated)")
-	f.DurationVar(&c.ElectionTimeout, "election-timeout", time.Second, "how long a silent leader is followed")
+	f.DurationVar(&c.ElectionTimeout, "election-timeout", 400*time.Millisecond, "how long a silent leader is followed")
 	f.DurationVar(&c.Timing.LeaseTTL, "lease-ttl", scheduler.DefaultLeaseTTL, "how long a worker may be silent before its work is placed elsewhere")
 	f.DurationVar(&c.Timing.ReconnectGrace, "reconnect-grace", scheduler.DefaultReconnectGrace, "the same once its connection broke")
 	f.DurationVar(&c.Timing.RevealTimeout, "reveal-timeout", scheduler.DefaultRevealTimeout, "how long a draw waits for the other schedulers")
+	f.StringVar(&c.Debug, "debug-listen", "", "loopback address for profiles (/debug/pprof/) and metrics (/debug/vars), such as 127.0.0.1:6060 (default: off)")
 	f.DurationVar(&c.Timing.DisputePatience, "dispute-patience", scheduler.DefaultDisputePatience, "how long a dispute waits for a further owner")
 	return cmd
 }

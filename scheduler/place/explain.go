@@ -18,20 +18,26 @@ func Explain(nowUnixMS int64, workers []*Worker, job *musterpb.Job, run *state.W
 		out.Summary = run.Unpaid
 		return out
 	}
-	counts := map[reason]uint32{}
-	for _, w := range workers {
-		if r := reject(nowUnixMS, job, run, w); r != nil {
-			counts[*r]++
-		} else {
-			out.Eligible++
-		}
+	type count struct {
+		*reason
+		workers uint32
 	}
-	for r, n := range counts {
-		text := r.many
-		if n == 1 {
-			text = r.one
+	counts := map[string]*count{} // the words for many tell reasons apart
+	for _, w := range workers {
+		r := reject(nowUnixMS, job, run, w)
+		if r == nil {
+			out.Eligible++
+			continue
 		}
-		out.Reasons = append(out.Reasons, &musterpb.ExplainReason{Workers: n, Text: text})
+		c := counts[r.many]
+		if c == nil {
+			c = &count{reason: r}
+			counts[r.many] = c
+		}
+		c.workers++
+	}
+	for _, c := range counts {
+		out.Reasons = append(out.Reasons, &musterpb.ExplainReason{Workers: c.workers, Text: c.words(c.workers)})
 	}
 	slices.SortFunc(out.Reasons, func(a, b *musterpb.ExplainReason) int {
 		return cmp.Or(cmp.Compare(b.Workers, a.Workers), cmp.Compare(a.Text, b.Text))

@@ -11,20 +11,35 @@ import (
 	"github.com/musternet/muster/scheduler/state"
 )
 
-// reason is why a worker does not qualify, as it reads for one and for many.
-type reason struct{ one, many string }
+// reason is why a worker does not qualify, as it reads for one and for many,
+// with a place for what the job asks for. The words are made when somebody
+// wants to read them.
+type reason struct {
+	one, many string
+	arg       func() string // nil where the words have no such place
+}
 
-func because(one, many string, args ...any) *reason {
-	return &reason{fmt.Sprintf(one, args...), fmt.Sprintf(many, args...)}
+func because(one, many string, arg func() string) *reason { return &reason{one, many, arg} }
+
+// words is the reason for so many workers.
+func (r *reason) words(n uint32) string {
+	text := r.many
+	if n == 1 {
+		text = r.one
+	}
+	if r.arg == nil {
+		return text
+	}
+	return fmt.Sprintf(text, r.arg())
 }
 
 // What is often the reason, and needs no words made for it.
 var (
-	notConnected = because("is not connected", "are not connected")
-	draining     = because("is draining", "are draining")
-	resting      = because("is paused after failures", "are paused after failures")
-	busy         = because("is busy", "are busy")
-	hasPart      = because("belongs to an owner whose results are being compared", "belong to owners whose results are being compared")
+	notConnected = because("is not connected", "are not connected", nil)
+	draining     = because("is draining", "are draining", nil)
+	resting      = because("is paused after failures", "are paused after failures", nil)
+	busy         = because("is busy", "are busy", nil)
+	hasPart      = because("belongs to an owner whose results are being compared", "belong to owners whose results are being compared", nil)
 )
 
 // reject is the first constraint that a worker fails, nil when it can run the
@@ -37,8 +52,8 @@ func reject(nowUnixMS int64, job *musterpb.Job, run *state.WantedRun, w *Worker)
 	return rejectAttempt(nowUnixMS, job, run, w)
 }
 
-// rejectJob is what keeps a worker from every attempt of a job. Nothing of it
-// changes while Plan runs.
+// rejectJob is what keeps a worker from every attempt of a job, whatever it is
+// busy with.
 func rejectJob(job *musterpb.Job, w *Worker) *reason {
 	if !w.Connected {
 		return notConnected
@@ -74,11 +89,11 @@ func rejectImage(spec *musterpb.JobSpec, w *Worker) *reason {
 		runtime, need = "wasm", "the WebAssembly runtime"
 	}
 	if !slices.Contains(w.Capacity.GetRuntimes(), runtime) {
-		return because("does not have %s", "do not have %s", need)
+		return because("does not have %s", "do not have %s", func() string { return need })
 	}
 	platform := w.Capacity.GetPlatform()
 	if runtime == "docker" && len(spec.Image.GetPlatforms()) > 0 && !slices.ContainsFunc(spec.Image.Platforms, func(p string) bool { return samePlatform(p, platform) }) {
-		return because("runs "+platform+", the image is for %s", "run "+platform+", the image is for %s", strings.Join(spec.Image.Platforms, ", "))
+		return because("runs "+strings.ReplaceAll(platform, "%", "%%")+", the image is for %s", "run "+strings.ReplaceAll(platform, "%", "%%")+", the image is for %s", func() string { return strings.Join(spec.Image.Platforms, ", ") })
 	}
 	return nil
 }
@@ -99,32 +114,32 @@ func rejectDevices(r *musterpb.Resources, w *Worker) *reason {
 	}
 	only := &musterpb.Resources{Gpus: r.Gpus}
 	if have := alike(only, w, false); have == 0 {
-		return because("has no GPU", "have no GPU")
+		return because("has no GPU", "have no GPU", nil)
 	} else if have < n {
-		return because("has fewer than %d GPUs of one kind", "have fewer than %d GPUs of one kind", n)
+		return because("has fewer than %s GPUs of one kind", "have fewer than %s GPUs of one kind", func() string { return strconv.Itoa(n) })
 	}
 	if only.GpuModels = r.GpuModels; alike(only, w, false) < n {
-		return because("has no %s", "have no %s", strings.Join(r.GpuModels, " or "))
+		return because("has no %s", "have no %s", func() string { return strings.Join(r.GpuModels, " or ") })
 	}
 	if only.MinVramBytes = r.MinVramBytes; alike(only, w, false) < n {
-		return because("has less than %s VRAM", "have less than %s VRAM", Bytes(r.MinVramBytes))
+		return because("has less than %s VRAM", "have less than %s VRAM", func() string { return Bytes(r.MinVramBytes) })
 	}
-	return because("is below compute capability %s", "are below compute capability %s", r.MinComputeCapability)
+	return because("is below compute capability %s", "are below compute capability %s", func() string { return r.MinComputeCapability })
 }
 
 func rejectMachine(spec *musterpb.JobSpec, w *Worker) *reason {
 	r, c := spec.Resources, w.Capacity
 	switch {
 	case c.GetMilliCpus() < r.GetMilliCpus():
-		return because("has fewer than %s CPUs", "have fewer than %s CPUs", strconv.FormatFloat(float64(r.MilliCpus)/1000, 'f', -1, 64))
+		return because("has fewer than %s CPUs", "have fewer than %s CPUs", func() string { return strconv.FormatFloat(float64(r.MilliCpus)/1000, 'f', -1, 64) })
 	case c.GetMemoryBytes() < r.GetMemoryBytes():
-		return because("has less than %s memory", "have less than %s memory", Bytes(r.MemoryBytes))
+		return because("has less than %s memory", "have less than %s memory", func() string { return Bytes(r.MemoryBytes) })
 	case c.GetDiskBytes() < r.GetDiskBytes():
-		return because("has less than %s disk", "have less than %s disk", Bytes(r.DiskBytes))
+		return because("has less than %s disk", "have less than %s disk", func() string { return Bytes(r.DiskBytes) })
 	case spec.Network && !w.AllowNetwork:
-		return because("does not allow network", "do not allow network")
+		return because("does not allow network", "do not allow network", nil)
 	case w.PriceMicroUsdPerHour > spec.MaxPriceMicroUsdPerHour:
-		return because("asks more than %s/h", "ask more than %s/h", api.MicroUSD(spec.MaxPriceMicroUsdPerHour))
+		return because("asks more than %s/h", "ask more than %s/h", func() string { return api.MicroUSD(spec.MaxPriceMicroUsdPerHour).String() })
 	}
 	return nil
 }
@@ -140,7 +155,7 @@ func rejectChecker(spec *musterpb.JobSpec, run *state.WantedRun, w *Worker) *rea
 		}
 	}
 	if devices := pickDevices(spec, w, run.Class, false); devices == nil || Class(spec, w.Worker, devices) != run.Class {
-		return because("is not of hardware class %s", "are not of hardware class %s", run.Class)
+		return because("is not of hardware class %s", "are not of hardware class %s", func() string { return run.Class })
 	}
 	return nil
 }
@@ -162,16 +177,23 @@ func rejectNow(nowUnixMS int64, spec *musterpb.JobSpec, class string, w *Worker)
 // suits reports whether a device satisfies r.
 func suits(r *musterpb.Resources, d *musterpb.Device) bool {
 	switch {
-	case d.Unhealthy != "" || d.Mig == "enabled": // a split GPU works through its slices
+	case !works(d):
 		return false
-	case len(r.GetGpuModels()) > 0 && !slices.ContainsFunc(r.GpuModels, func(m string) bool {
-		return strings.Contains(strings.ToLower(d.Name), strings.ToLower(m))
-	}):
+	case len(r.GetGpuModels()) > 0 && !slices.ContainsFunc(r.GpuModels, func(m string) bool { return isModel(d, m) }):
 		return false
 	case d.MemoryBytes < uint64(max(r.GetMinVramBytes(), 0)):
 		return false
 	}
 	return r.GetMinComputeCapability() == "" || !lessVersion(d.ComputeCapability, r.MinComputeCapability)
+}
+
+// works reports whether attempts can use a device at all. A split GPU works
+// through its slices.
+func works(d *musterpb.Device) bool { return d.Unhealthy == "" && d.Mig != "enabled" }
+
+// isModel reports whether a device is of a model, as people write models.
+func isModel(d *musterpb.Device, model string) bool {
+	return strings.Contains(strings.ToLower(d.Name), strings.ToLower(model))
 }
 
 // suitable are the devices that satisfy r; with free, only those not in use.

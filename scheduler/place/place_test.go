@@ -54,11 +54,7 @@ func needs(r *musterpb.Resources) func(*musterpb.Job) {
 }
 
 func tasks(j *musterpb.Job, n int) state.Work {
-	w := state.Work{Job: j}
-	for i := range n {
-		w.Tasks = append(w.Tasks, &musterpb.Task{Job: j.Id, Number: uint32(i)})
-	}
-	return w
+	return state.Work{Job: j, End: uint32(n)}
 }
 
 func wanted(id, class string, runs int, parties ...*Worker) state.WantedRun {
@@ -252,15 +248,15 @@ func TestPlan(t *testing.T) {
 		"the worker that has the image and the inputs": {
 			[]*Worker{worker("a"), with(worker("b"), func(w *Worker) { w.Cached = func(d string) bool { return d == "image" } }),
 				with(worker("c"), func(w *Worker) { w.Cached = func(d string) bool { return d == "image" || d == "in" } })},
-			[]state.Work{tasks(job("j1", func(j *musterpb.Job) { j.Spec.Inputs = []*musterpb.Input{{Digest: "in"}} }), 1)}, "j1/0→c",
+			[]state.Work{tasks(job("j1", func(j *musterpb.Job) { j.Spec.Inputs = []*musterpb.Input{{Digest: "in", SizeBytes: 1 << 30}} }), 1)}, "j1/0→c",
 		},
 		"an owner who failed the task comes last": {
 			[]*Worker{worker("a"), with(worker("b"), func(w *Worker) { w.PriceMicroUsdPerHour = 300_000 })},
-			[]state.Work{{Job: job("j1"), Tasks: []*musterpb.Task{{Job: "j1", AvoidOwners: []string{"owner of a"}}}}}, "j1/0→b",
+			[]state.Work{{Job: job("j1"), Requeued: []*musterpb.Task{{Job: "j1", AvoidOwners: []string{"owner of a"}}}}}, "j1/0→b",
 		},
 		"an owner who failed the task is better than nobody": {
 			[]*Worker{worker("a")},
-			[]state.Work{{Job: job("j1"), Tasks: []*musterpb.Task{{Job: "j1", AvoidOwners: []string{"owner of a"}}}}}, "j1/0→a",
+			[]state.Work{{Job: job("j1"), Requeued: []*musterpb.Task{{Job: "j1", AvoidOwners: []string{"owner of a"}}}}}, "j1/0→a",
 		},
 		"accounts take turns": {
 			[]*Worker{worker("w")},
@@ -278,7 +274,7 @@ func TestPlan(t *testing.T) {
 		},
 		"checks before tasks": {
 			[]*Worker{a, with(worker("b", gpu(0, 24*gb, "Ada")), func(w *Worker) {})},
-			[]state.Work{{Job: oneGPU("j1"), Tasks: tasks(oneGPU("j1"), 2).Tasks, Checks: []state.WantedRun{wanted("chk", "Ada/570", 1, a)}}},
+			[]state.Work{{Job: oneGPU("j1"), End: 2, Checks: []state.WantedRun{wanted("chk", "Ada/570", 1, a)}}},
 			"chk→b(gpu-0) j1/0→a(gpu-0)",
 		},
 		"no party checks itself, on another of its machines neither": {
@@ -304,7 +300,7 @@ func TestPlan(t *testing.T) {
 		"owners who tried a check come last": {
 			[]*Worker{worker("b", gpu(0, 24*gb, "Ada")), worker("c", gpu(0, 24*gb, "Ada")), worker("d", gpu(0, 24*gb, "Ada"))},
 			[]state.Work{{Job: oneGPU("j1"), Checks: []state.WantedRun{with2(wanted("chk", "Ada/570", 3, a), "owner of b", "owner of d")}}},
-			"chk→c(gpu-0) chk→b(gpu-0) chk→d(gpu-0)",
+			"chk→c(gpu-0) chk→d(gpu-0) chk→b(gpu-0)",
 		},
 		"nothing that nobody pays": {
 			[]*Worker{worker("b", gpu(0, 24*gb, "Ada"))},

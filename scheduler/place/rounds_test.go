@@ -18,6 +18,7 @@ import (
 type rounds struct {
 	*state.State
 	t        *rapid.T
+	engine   *place.Engine
 	now      int64
 	attempts int
 }
@@ -36,16 +37,8 @@ func (r *rounds) must(cmd *musterpb.Command) {
 // round plans once and applies everything. The state must take what is planned,
 // unless the money is short: a refusal would be planned again at once.
 func (r *rounds) round() (accepted, refused int) {
-	in := &place.Input{NowUnixMS: r.now, Work: r.Queued(50), Usage: map[string]int64{}, Max: 100}
-	byID := map[string]*place.Worker{}
-	for _, w := range r.Workers() {
-		byID[w.Id] = place.NewWorker(w, true, nil)
-		in.Workers = append(in.Workers, byID[w.Id])
-	}
-	for _, a := range r.LiveAttempts() {
-		byID[a.Worker].Take(r.Job(a.Job).Spec.Resources, a.Devices)
-	}
-	for _, p := range place.Plan(in) {
+	r.tell()
+	for _, p := range r.engine.Plan(r.now, 100) {
 		r.attempts++
 		err := r.apply(&musterpb.Command{Body: &musterpb.Command_PlaceAttempt{PlaceAttempt: &musterpb.PlaceAttempt{
 			Attempt: fmt.Sprintf("a%d", r.attempts), Job: p.Job.Id, Task: p.Task, Check: p.Check.GetId(), Worker: p.Worker,
@@ -62,6 +55,30 @@ func (r *rounds) round() (accepted, refused int) {
 		}
 	}
 	return accepted, refused
+}
+
+// tell tells the engine how everything is.
+func (r *rounds) tell() {
+	byID, usage := map[string]*place.Worker{}, int64(0)
+	for _, w := range r.Workers() {
+		byID[w.Id] = place.NewWorker(w, true, nil)
+	}
+	for _, a := range r.LiveAttempts() {
+		job := r.Job(a.Job)
+		byID[a.Worker].Take(job.Spec.Resources, a.Devices)
+		usage += state.Units(job.Spec.Resources)
+	}
+	for _, w := range r.Workers() {
+		r.engine.SetWorker(byID[w.Id])
+	}
+	for _, j := range r.Jobs("", 100) {
+		if w, ok := r.WorkOf(j.Id); ok {
+			r.engine.SetJob(w)
+		} else {
+			r.engine.RemoveJob(j.Id)
+		}
+	}
+	r.engine.SetUsage("acme", usage)
 }
 
 func (r *rounds) register(i int) {
@@ -141,7 +158,7 @@ func (r *rounds) step() {
 // the leader would fill the log with refusals.
 func TestPlansAreAccepted(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		r := &rounds{State: state.New(), t: t, now: 1_000_000}
+		r := &rounds{State: state.New(), t: t, engine: place.NewEngine(nil), now: 1_000_000}
 		account := func(id string) {
 			r.must(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: id}}})
 		}

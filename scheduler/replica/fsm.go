@@ -20,11 +20,7 @@ func (f *fsm) Apply(log *raft.Log) any {
 	if err := entry.UnmarshalVT(log.Data); err != nil {
 		panic("muster: the log holds an entry that can't be read: " + err.Error())
 	}
-	answers := make([]*musterpb.Answer, len(entry.Commands))
-	for i, cmd := range entry.Commands {
-		answers[i] = (*state.State)(f).Apply(cmd)
-	}
-	return answers
+	return (*state.State)(f).ApplyAll(entry.Commands)
 }
 
 func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {

@@ -77,22 +77,26 @@ type Replica struct {
 	closeErr  error // set under closing
 	wg        sync.WaitGroup
 	clock     clock
+	observer  *raft.Observer
+	elections bell
 	ready     atomic.Uint64 // the term that this node leads, having applied all that came before; 0 is none
 }
 
+// proposal is commands that were proposed together.
 type proposal struct {
-	cmd    *musterpb.Command
+	cmds   []*musterpb.Command
 	answer chan result // buffered: the answering side never blocks
 }
 
 type result struct {
-	answer *musterpb.Answer
-	err    error
+	answers []*musterpb.Answer
+	err     error
 }
 
 type flight struct {
-	batch  []*proposal
-	future raft.ApplyFuture
+	batch    []*proposal
+	commands int
+	future   raft.ApplyFuture
 }
 
 // Open recovers the log in cfg.Dir, applies it to st, and joins the group.
@@ -140,6 +144,7 @@ func Open(cfg Config, st *state.State) (_ *Replica, err error) {
 	if r.raft, err = raft.NewRaft(conf, (*fsm)(st), cache, r.log, snapshots, r.transport); err != nil {
 		return nil, fmt.Errorf("starting raft: %w", err)
 	}
+	r.watchElections()
 	r.wg.Go(r.group)
 	r.wg.Go(r.answer)
 	r.wg.Go(r.verify)
@@ -174,6 +179,7 @@ func raftConfig(cfg Config, hlog hclog.Logger) *raft.Config {
 	// How late an idle follower learns of a commit: it has to reveal soon.
 	c.CommitTimeout = 10 * time.Millisecond
 	c.MaxAppendEntries = 256
+	c.BatchApplyCh = true // entries that wait are written to disk together
 	c.SnapshotThreshold = cmp.Or(cfg.Snapshots.Threshold, 16384)
 	c.SnapshotInterval = cmp.Or(cfg.Snapshots.Interval, c.SnapshotInterval)
 	c.TrailingLogs = cmp.Or(cfg.Snapshots.Trailing, c.TrailingLogs)
@@ -185,15 +191,35 @@ func raftConfig(cfg Config, hlog hclog.Logger) *raft.Config {
 // say what became of it: it does not lead, or lost the lead meanwhile; a client
 // that repeats the command under the same ID gets the one answer.
 func (r *Replica) Propose(ctx context.Context, cmd *musterpb.Command) (*musterpb.Answer, error) {
-	p := &proposal{cmd: cmd, answer: make(chan result, 1)}
+	answers, err := r.ProposeAll(ctx, []*musterpb.Command{cmd})
+	if err != nil {
+		return nil, err
+	}
+	return answers[0], nil
+}
+
+// MaxTogether bounds how many commands one ProposeAll may carry.
+const MaxTogether = maxEntryCommands
+
+// ProposeAll is Propose for commands that are at hand together: they are applied
+// one right after the other, in order, and each has its own answer. An error is
+// one for all of them.
+func (r *Replica) ProposeAll(ctx context.Context, cmds []*musterpb.Command) ([]*musterpb.Answer, error) {
+	if len(cmds) == 0 {
+		return nil, nil
+	}
+	if len(cmds) > MaxTogether {
+		return nil, api.Errorf(api.TooLarge, "%d commands at once: at most %d are taken", len(cmds), MaxTogether)
+	}
+	p := &proposal{cmds: cmds, answer: make(chan result, 1)}
 	select {
 	case r.queue <- p:
 	default:
-		return nil, api.Errorf(api.Unavailable, "%d commands are waiting: the scheduler is overloaded, try again", maxQueued)
+		return nil, api.Errorf(api.Unavailable, "%d proposals are waiting: the scheduler is overloaded, try again", maxQueued)
 	}
 	select {
 	case res := <-p.answer:
-		return res.answer, res.err
+		return res.answers, res.err
 	case <-ctx.Done():
 		return nil, api.Errorf(api.Unavailable, "waiting for the schedulers to agree: %w", ctx.Err())
 	case <-r.done:
@@ -218,7 +244,7 @@ func (r *Replica) group() {
 				continue
 			}
 			select {
-			case r.inFlight <- flight{batch, r.raft.Apply(data, 10*time.Second)}:
+			case r.inFlight <- flight{batch, len(entry.Commands), r.raft.Apply(data, 10*time.Second)}:
 			case <-r.done:
 				return
 			}
@@ -233,11 +259,13 @@ func (r *Replica) gather(first *proposal) ([]*proposal, *musterpb.Entry) {
 	now := r.clock.now()
 	entry, batch, size := &musterpb.Entry{}, []*proposal(nil), 0
 	for p := first; ; {
-		p.cmd.TimeUnixMs = now
-		entry.Commands = append(entry.Commands, p.cmd)
+		for _, cmd := range p.cmds {
+			cmd.TimeUnixMs = now
+			size += cmd.SizeVT()
+		}
+		entry.Commands = append(entry.Commands, p.cmds...)
 		batch = append(batch, p)
-		size += p.cmd.SizeVT()
-		if len(batch) >= maxEntryCommands || size >= maxEntryBytes {
+		if len(entry.Commands) >= maxEntryCommands || size >= maxEntryBytes {
 			return batch, entry
 		}
 		select {
@@ -255,12 +283,13 @@ func (r *Replica) answer() {
 			continue
 		}
 		answers, ok := f.future.Response().([]*musterpb.Answer)
-		if !ok || len(answers) != len(f.batch) {
-			answerAll(f.batch, fmt.Errorf("raft answered %T for %d commands", f.future.Response(), len(f.batch)))
+		if !ok || len(answers) != f.commands {
+			answerAll(f.batch, fmt.Errorf("raft answered %T for %d commands", f.future.Response(), f.commands))
 			continue
 		}
-		for i, p := range f.batch {
-			p.answer <- result{answer: answers[i]}
+		for _, p := range f.batch {
+			p.answer <- result{answers: answers[:len(p.cmds):len(p.cmds)]}
+			answers = answers[len(p.cmds):]
 		}
 	}
 }
@@ -411,6 +440,54 @@ func (r *Replica) Leading() bool { return r.ready.Load() != 0 }
 func (r *Replica) Leader() api.NodeID {
 	_, id := r.raft.LeaderWithID()
 	return api.NodeID(id)
+}
+
+// bell wakes whoever waits, again and again.
+type bell struct {
+	mu   sync.Mutex
+	next chan struct{} // guarded by mu; closed and dropped by ring; nil: nobody waits
+}
+
+func (b *bell) wait() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.next == nil {
+		b.next = make(chan struct{})
+	}
+	return b.next
+}
+
+func (b *bell) ring() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.next != nil {
+		close(b.next)
+		b.next = nil
+	}
+}
+
+// LeaderChanged is closed when this node next learns of another leader, or of
+// none.
+func (r *Replica) LeaderChanged() <-chan struct{} { return r.elections.wait() }
+
+func (r *Replica) watchElections() {
+	seen := make(chan raft.Observation, 16)
+	r.observer = raft.NewObserver(seen, false, func(o *raft.Observation) bool {
+		_, ok := o.Data.(raft.LeaderObservation)
+		return ok
+	})
+	r.raft.RegisterObserver(r.observer)
+	r.wg.Go(func() {
+		for {
+			select {
+			case <-seen:
+				r.elections.ring()
+			case <-r.done:
+				r.raft.DeregisterObserver(r.observer)
+				return
+			}
+		}
+	})
 }
 
 // Address is the Raft address that the others dial.

@@ -429,6 +429,47 @@ func TestCloseWhileBusy(t *testing.T) {
 	wg.Wait()
 }
 
+func TestProposeAll(t *testing.T) {
+	n := open(t, Config{ID: "alone", Bootstrap: true}, nil)
+	receive(t, n.leads, "lead")
+	again := createAccount("acme")
+	again.Id = "another request"
+	answers, err := n.ProposeAll(t.Context(), []*musterpb.Command{createAccount("acme"), again, createAccount("zeta")})
+	if err != nil || len(answers) != 3 {
+		t.Fatalf("%v, %v", answers, err)
+	}
+	if state.ErrorOf(answers[0]) != nil || api.KindOf(state.ErrorOf(answers[1])) != api.Conflict || state.ErrorOf(answers[2]) != nil {
+		t.Errorf("answered %v: want each command's own answer, in order", answers)
+	}
+	if answers, err := n.ProposeAll(t.Context(), nil); answers != nil || err != nil {
+		t.Errorf("nothing was proposed and answered %v, %v", answers, err)
+	}
+	if _, err := n.ProposeAll(t.Context(), make([]*musterpb.Command, MaxTogether+1)); api.KindOf(err) != api.TooLarge {
+		t.Errorf("too many commands: %v", err)
+	}
+	// Groups of several proposers keep together and apart.
+	var wg sync.WaitGroup
+	for i := range 50 {
+		wg.Go(func() {
+			group := make([]*musterpb.Command, i%7+1)
+			for k := range group {
+				group[k] = createAccount(fmt.Sprintf("group-%d-%d", i, k))
+			}
+			answers, err := n.ProposeAll(t.Context(), group)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			for k, a := range answers {
+				if want := group[k].GetCreateAccount().Account; a.Id != want {
+					t.Errorf("answer %d of group %d is that of %q, want %q", k, i, a.Id, want)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
 func TestProposeGivesUp(t *testing.T) {
 	n := open(t, Config{ID: "n0", Bootstrap: true}, nil)
 	receive(t, n.leads, "the lead")

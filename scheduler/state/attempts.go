@@ -57,9 +57,9 @@ func fee(amount api.MicroUSD) api.MicroUSD {
 func Units(r *musterpb.Resources) int64 { return max(int64(r.GetGpus()), 1) }
 
 func (s *State) placeAttempt(c *musterpb.PlaceAttempt) (string, error) {
-	job, worker := s.jobs[c.Job], s.workers[c.Worker]
+	job, worker := s.jobs.Get(c.Job), s.workers.Get(c.Worker)
 	switch {
-	case c.Attempt == "" || s.attempts[c.Attempt] != nil:
+	case c.Attempt == "" || s.attempt(c.Attempt) != nil:
 		return "", api.Errorf(api.Conflict, "attempt ID %q is in use", c.Attempt)
 	case job == nil:
 		return "", api.Errorf(api.NotFound, "job %q is not known", c.Job)
@@ -78,11 +78,16 @@ func (s *State) placeAttempt(c *musterpb.PlaceAttempt) (string, error) {
 			return "", api.Errorf(api.Conflict, "worker %s has no device %s (any more)", c.Worker, d)
 		}
 	}
-	if busy := s.busyDevice(c.Worker, c.Devices); busy != "" {
+	x := s.index.workers[c.Worker]
+	if busy := x.use.busyDevice(c.Devices); busy != "" {
 		return "", api.Errorf(api.Conflict, "device %s of worker %s is in use", busy, c.Worker)
 	}
+	if x.class != c.Class {
+		x.class = c.Class
+	}
+	// Names are those of the stored values: a million attempts share them.
 	a := &musterpb.Attempt{
-		Id: c.Attempt, Job: c.Job, Task: c.Task, Check: c.Check, Worker: c.Worker, Owner: worker.Owner, Class: c.Class, Devices: c.Devices,
+		Id: c.Attempt, Job: job.Id, Task: c.Task, Check: c.Check, Worker: worker.Id, Owner: worker.Owner, Class: x.class, Devices: c.Devices,
 		State:                musterpb.AttemptState_ATTEMPT_STATE_PLACED,
 		PriceMicroUsdPerHour: worker.PriceMicroUsdPerHour * Units(job.Spec.Resources), PlacedUnixMs: s.now,
 	}
@@ -97,28 +102,33 @@ func (s *State) placeWork(job *musterpb.Job, a *musterpb.Attempt) error {
 	if Ended(job.State) || job.State == musterpb.JobState_JOB_STATE_PAUSED {
 		return api.Errorf(api.Conflict, "job %s is %s", job.Id, StateName(job.State))
 	}
-	fresh := copyJob(job)
-	if at := slices.Index(fresh.Requeued, a.Task); at >= 0 {
-		fresh.Requeued = slices.Delete(fresh.Requeued, at, at+1)
-	} else if a.Task == fresh.NextTask && a.Task < fresh.Tasks {
-		fresh.NextTask++
-	} else {
+	at := slices.Index(job.Requeued, a.Task)
+	if at < 0 && (a.Task != job.NextTask || a.Task >= job.Tasks) {
 		return api.Errorf(api.Conflict, "task %d of job %s is not queued", a.Task, job.Id)
 	}
-	if err := s.affords(job, a); err != nil {
-		s.pause(job, err.Error())
+	x := s.index.jobs[job.Id]
+	if err := s.affords(x, job, a); err != nil {
+		s.pause(job.Id, err.Error())
 		return err
 	}
-	must(s.hold(a, ledger.OfJob(job.Id)))
-	fresh.State = musterpb.JobState_JOB_STATE_RUNNING
-	fresh.Attempts++
-	fresh.LiveAttempts++
-	s.setJob(fresh)
-	task := s.task(job.Id, a.Task)
+	must(s.hold(a, x.money))
+	job = s.editJob(a.Job)
+	if at >= 0 {
+		unqueue(job, at)
+	} else {
+		job.NextTask++
+	}
+	job.State = musterpb.JobState_JOB_STATE_RUNNING
+	job.Attempts++
+	job.LiveAttempts++
+	task := &musterpb.Task{Job: a.Job, Number: a.Task}
+	if at >= 0 {
+		task = s.task(a.Job, a.Task)
+	}
 	task.State = musterpb.TaskState_TASK_STATE_RUNNING
 	task.Attempts = append(task.Attempts, a.Id)
 	s.setTask(task)
-	s.addAttempt(a)
+	s.setAttempt(0, a)
 	return nil
 }
 
@@ -126,9 +136,9 @@ func (s *State) placeWork(job *musterpb.Job, a *musterpb.Attempt) error {
 // other result whose check is still to come, one check at the job's own price
 // limit. Without that reserve a job could spend everything on results that it
 // then can't have judged.
-func (s *State) affords(job *musterpb.Job, a *musterpb.Attempt) error {
-	need := api.MicroUSD(a.HoldMicroUsd) + times(attemptLimit(job.Spec), uint64(s.due[job.Id])+1)
-	if free := s.ledger.Account(ledger.OfJob(job.Id)).Available(); free < need {
+func (s *State) affords(x *jobIndex, job *musterpb.Job, a *musterpb.Attempt) error {
+	need := api.MicroUSD(a.HoldMicroUsd) + times(attemptLimit(job.Spec), uint64(x.due)+1)
+	if free := s.ledger.Account(x.money).Available(); free < need {
 		return api.Errorf(api.Exhausted, "%s of the budget is free, and another attempt with the checks that are due may cost up to %s; wait, or add to the budget with: muster job fund %s AMOUNT",
 			free, need, job.Id)
 	}
@@ -152,36 +162,35 @@ func CheckBudget(spec *musterpb.JobSpec) error {
 	return nil
 }
 
-func (s *State) pause(job *musterpb.Job, reason string) {
-	if Ended(job.State) {
+func (s *State) pause(id, reason string) {
+	if Ended(s.jobs.Get(id).State) {
 		return
 	}
-	paused := copyJob(job)
-	paused.State, paused.Reason = musterpb.JobState_JOB_STATE_PAUSED, reason
-	s.setJob(paused)
+	job := s.editJob(id)
+	job.State, job.Reason = musterpb.JobState_JOB_STATE_PAUSED, reason
 }
 
 func (s *State) startAttempt(c *musterpb.StartAttempt) (string, error) {
-	a := s.attempts[c.Attempt]
+	a := s.attempt(c.Attempt)
 	if a == nil {
 		return "", unknownAttempt(c.Attempt)
 	}
 	if a.State != musterpb.AttemptState_ATTEMPT_STATE_PLACED {
 		return "", api.Errorf(api.Conflict, "attempt %s is %s", a.Id, StateName(a.State))
 	}
-	fresh := a.CloneVT()
+	fresh := copyAttempt(a)
 	fresh.State, fresh.StartedUnixMs = musterpb.AttemptState_ATTEMPT_STATE_RUNNING, s.now
 	if c.ReceivedUnixMs > 0 {
 		fresh.StartedUnixMs = min(s.now, max(c.ReceivedUnixMs, a.PlacedUnixMs))
 	}
-	s.setAttempt(fresh)
+	s.setAttempt(a.State, fresh)
 	return a.Id, nil
 }
 
 // commitResult binds a worker to its outputs. The signature and the outputs
 // themselves were examined before the command was proposed.
 func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
-	a := s.attempts[c.Commit.GetAttempt()]
+	a := s.attempt(c.Commit.GetAttempt())
 	if a == nil {
 		return "", unknownAttempt(c.Commit.GetAttempt())
 	}
@@ -192,12 +201,12 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 	if !late && !running(a.State) {
 		return "", api.Errorf(api.Conflict, "attempt %s is over: it is %s%s", a.Id, StateName(a.State), because(a.Reason))
 	}
+	fresh := copyAttempt(a)
 	if late {
-		if err := s.reviveLost(a); err != nil {
+		if err := s.reviveLost(fresh); err != nil {
 			return "", err
 		}
 	}
-	fresh := s.attempts[a.Id].CloneVT()
 	fresh.State, fresh.CommittedUnixMs, fresh.Commit, fresh.LogDigest = musterpb.AttemptState_ATTEMPT_STATE_COMMITTED, s.now, c.Commit, c.Commit.LogDigest
 	fresh.Stored = c.Stored
 	fresh.Reason = ""
@@ -208,17 +217,19 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 	if fresh.StartedUnixMs == 0 {
 		fresh.StartedUnixMs = fresh.PlacedUnixMs
 	}
-	s.setAttempt(fresh)
+	s.setAttempt(a.State, fresh)
 	if fresh.Check != "" {
 		return a.Id, nil // the leader compares next
 	}
 	task := s.task(a.Job, a.Task)
+	queued := task.State == musterpb.TaskState_TASK_STATE_QUEUED
 	task.State, task.Result = musterpb.TaskState_TASK_STATE_PROVISIONAL, a.Id
 	s.setTask(task)
-	s.changeJob(a.Job, func(job *musterpb.Job) {
-		job.ItemsCommitted += countItems(job, a.Task)
-		job.Requeued = slices.DeleteFunc(job.Requeued, func(n uint32) bool { return n == a.Task })
-	})
+	job := s.editJob(a.Job)
+	job.ItemsCommitted += countItems(job, a.Task)
+	if queued {
+		unqueue(job, slices.Index(job.Requeued, a.Task))
+	}
 	s.openBatch = append(s.openBatch, a.Id)
 	return a.Id, nil
 }
@@ -226,23 +237,23 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 // reviveLost lets the late result of a lost attempt count where none came
 // first. It ends the attempt that took its place, and holds the price again.
 func (s *State) reviveLost(a *musterpb.Attempt) error {
-	job := s.jobs[a.Job]
+	job, x := s.jobs.Get(a.Job), s.index.jobs[a.Job]
 	if a.Check != "" {
 		return api.Errorf(api.Conflict, "attempt %s was lost (%s); another took its place", a.Id, a.Reason)
 	}
 	if Ended(job.State) {
 		return api.Errorf(api.Conflict, "attempt %s comes too late: the job is %s", a.Id, StateName(job.State))
 	}
-	task := s.tasks[taskKey{a.Job, a.Task}]
+	task := s.tasks.Get(taskKey{a.Job, a.Task})
 	if task.Result != "" {
 		return api.Errorf(api.Conflict, "attempt %s comes too late: attempt %s of its task was committed first", a.Id, task.Result)
 	}
 	// The late result needs what any attempt needs, and gets what its
 	// replacement, of which there is one at most, has held and had in reserve.
-	free, due := s.ledger.Account(ledger.OfJob(a.Job)).Available(), s.due[a.Job]
+	free, due := s.ledger.Account(x.money).Available(), x.due
 	var replacement *musterpb.Attempt
 	for _, id := range task.Attempts {
-		if o := s.attempts[id]; running(o.State) {
+		if o := s.attempts.Get(id); running(o.State) {
 			replacement, free, due = o, free+api.MicroUSD(o.HoldMicroUsd), due-1
 		}
 	}
@@ -252,16 +263,14 @@ func (s *State) reviveLost(a *musterpb.Attempt) error {
 	if replacement != nil {
 		s.closeAttempt(replacement, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "another attempt of the task was faster")
 	}
-	fresh := a.CloneVT()
-	must(s.hold(fresh, ledger.OfJob(a.Job)))
-	s.setAttempt(fresh)
-	s.changeJob(a.Job, func(job *musterpb.Job) { job.LiveAttempts++ })
+	must(s.hold(a, x.money))
+	s.editJob(a.Job).LiveAttempts++
 	return nil
 }
 
 // endAttempt is how an attempt ends without a result.
 func (s *State) endAttempt(c *musterpb.EndAttempt) (string, error) {
-	a := s.attempts[c.Attempt]
+	a := s.attempt(c.Attempt)
 	if a == nil {
 		return "", unknownAttempt(c.Attempt)
 	}
@@ -273,10 +282,10 @@ func (s *State) endAttempt(c *musterpb.EndAttempt) (string, error) {
 	default:
 		return "", api.Errorf(api.Invalid, "an attempt does not end as %s", StateName(c.State))
 	}
-	marked := a.CloneVT()
-	marked.Blame, marked.ExitCode, marked.LogDigest = c.Blame, c.ExitCode, c.LogDigest
-	s.setAttempt(marked)
-	s.closeAttempt(marked, c.State, c.Reason)
+	fresh := copyAttempt(a)
+	fresh.Blame, fresh.ExitCode, fresh.LogDigest = c.Blame, c.ExitCode, c.LogDigest
+	must(s.ledger.Void(a.Hold, s.now, c.Reason))
+	s.finishAttempt(fresh, c.State, c.Reason)
 	switch {
 	case c.Blame == musterpb.Blame_BLAME_WORKER || c.State == musterpb.AttemptState_ATTEMPT_STATE_LOST:
 		s.failedWorker(a.Worker, false)
@@ -284,17 +293,17 @@ func (s *State) endAttempt(c *musterpb.EndAttempt) (string, error) {
 		s.restWorker(a.Worker) // what stopped it is likely to stop the next one
 	}
 	if a.Check != "" {
-		s.failedCheckRun(s.attempts[a.Id])
+		s.failedCheckRun(fresh)
 		return a.Id, nil
 	}
-	s.failedWork(marked, c)
+	s.failedWork(fresh, c)
 	return a.Id, nil
 }
 
 // failedWork decides what a failed attempt means for its task: another owner
 // tries, or the job is at fault and stops before it burns its budget.
 func (s *State) failedWork(a *musterpb.Attempt, c *musterpb.EndAttempt) {
-	job := s.jobs[a.Job]
+	job := s.jobs.Get(a.Job)
 	if Ended(job.State) {
 		s.settleJob(job.Id)
 		return
@@ -322,7 +331,7 @@ func (s *State) failedWork(a *musterpb.Attempt, c *musterpb.EndAttempt) {
 	}
 	s.requeue(task)
 	if reason := s.outOfRetries(task, sameElsewhere, c.Reason); reason != "" {
-		s.endJob(copyJob(s.jobs[a.Job]), musterpb.JobState_JOB_STATE_FAILED, reason)
+		s.endJob(a.Job, musterpb.JobState_JOB_STATE_FAILED, reason)
 	}
 }
 
@@ -358,8 +367,8 @@ func (s *State) outOfRetries(task *musterpb.Task, sameElsewhere bool, last strin
 	switch {
 	case sameElsewhere:
 		return fmt.Sprintf("task %d fails in the same way on different owners' machines: %s", task.Number, last)
-	case task.Failures > s.jobs[task.Job].Spec.Retries:
-		return fmt.Sprintf("task %d failed %d times, %d retries are allowed; last: %s", task.Number, task.Failures, s.jobs[task.Job].Spec.Retries, last)
+	case task.Failures > s.jobs.Get(task.Job).Spec.Retries:
+		return fmt.Sprintf("task %d failed %d times, %d retries are allowed; last: %s", task.Number, task.Failures, s.jobs.Get(task.Job).Spec.Retries, last)
 	}
 	return ""
 }
@@ -367,7 +376,7 @@ func (s *State) outOfRetries(task *musterpb.Task, sameElsewhere bool, last strin
 // hold reserves the most that an attempt can cost.
 func (s *State) hold(a *musterpb.Attempt, payer string) error {
 	id, err := s.ledger.Hold(ledger.Entry{
-		TimeUnixMS: s.now, Debit: payer, Credit: ledger.Of(a.Owner), Amount: api.MicroUSD(a.HoldMicroUsd), Ref: a.Id, Memo: "attempt",
+		TimeUnixMS: s.now, Debit: payer, Credit: s.index.workers[a.Worker].money, Amount: api.MicroUSD(a.HoldMicroUsd), Ref: a.Id, Memo: "attempt",
 	})
 	if err != nil {
 		return err
@@ -379,24 +388,23 @@ func (s *State) hold(a *musterpb.Attempt, payer string) error {
 // closeAttempt ends an attempt unpaid and voids its hold.
 func (s *State) closeAttempt(a *musterpb.Attempt, state musterpb.AttemptState, reason string) {
 	must(s.ledger.Void(a.Hold, s.now, reason))
-	s.finishAttempt(a, state, reason)
+	s.finishAttempt(copyAttempt(a), state, reason)
 }
 
 // payAttempt ends an attempt that was found right and posts its price.
 func (s *State) payAttempt(a *musterpb.Attempt, reason string) {
 	amount := s.price(a)
-	before := s.ledger.Account(a.Payer).Balance
 	if amount == 0 {
 		must(s.ledger.Void(a.Hold, s.now, "free of charge"))
 	} else {
 		must(s.ledger.Post(a.Hold, s.now, amount, fee(amount), reason))
 	}
-	paid := before - s.ledger.Account(a.Payer).Balance
-	fresh := a.CloneVT()
-	fresh.PaidMicroUsd = int64(paid)
+	fresh := copyAttempt(a)
+	fresh.PaidMicroUsd = int64(amount)
 	s.finishAttempt(fresh, musterpb.AttemptState_ATTEMPT_STATE_VERIFIED, reason)
-	if a.Payer == ledger.OfJob(a.Job) {
-		s.changeJob(a.Job, func(job *musterpb.Job) { job.SpentMicroUsd += int64(paid) })
+	if a.Payer != ledger.Network && amount > 0 {
+		s.editJob(a.Job).SpentMicroUsd += int64(amount)
+		s.ledger.Spend(s.index.jobs[a.Job].account.money, amount)
 	}
 	s.finishedWorker(a.Worker)
 }
@@ -407,94 +415,38 @@ func (s *State) price(a *musterpb.Attempt) api.MicroUSD {
 	return min(Cost(api.MicroUSD(a.PriceMicroUsdPerHour), a.CommittedUnixMs-a.StartedUnixMs), api.MicroUSD(a.HoldMicroUsd))
 }
 
+// finishAttempt stores how an attempt ended; it takes a copy that it may change.
 func (s *State) finishAttempt(a *musterpb.Attempt, state musterpb.AttemptState, reason string) {
-	fresh := a.CloneVT()
-	fresh.State, fresh.Reason, fresh.EndedUnixMs = state, reason, s.now
-	s.setAttempt(fresh)
-	s.changeJob(a.Job, func(job *musterpb.Job) {
-		job.LiveAttempts--
-		s.resume(job)
-	})
+	was := a.State
+	a.State, a.Reason, a.EndedUnixMs = state, reason, s.now
+	s.setAttempt(was, a)
+	job := s.editJob(a.Job)
+	job.LiveAttempts--
+	resume(job)
 }
 
-func (s *State) addAttempt(a *musterpb.Attempt) {
-	// Appending leaves alone what a snapshot sees of the slice.
-	s.byJob[a.Job] = append(s.byJob[a.Job], a.Id)
-	s.setAttempt(a)
+// attempt is a stored attempt, nil for an unknown one. Commands name attempts
+// by it; what values name is there.
+func (s *State) attempt(id string) *musterpb.Attempt {
+	if a := s.attempts.Get(id); a != nil && !s.isDropped(a.Job) {
+		return a
+	}
+	return nil
 }
 
-// resultOf is the attempt that a check run examines, and for work itself.
-func (s *State) resultOf(a *musterpb.Attempt) string {
-	if a.Check != "" {
-		return s.checks[a.Check].Target
-	}
-	return a.Id
+// setAttempt stores an attempt that was in another state, or in none.
+func (s *State) setAttempt(was musterpb.AttemptState, a *musterpb.Attempt) {
+	s.attempts.Set(a.Id, a)
+	s.indexAttempt(was, a)
 }
 
-// owed is 1 for a result that may yet be paid and whose check has no run.
-func (s *State) owed(result string) int {
-	a := s.attempts[result]
-	if a == nil || !live(a.State) {
-		return 0
-	}
-	if check := s.checks[checkID(result)]; check != nil {
-		for _, id := range check.Runs {
-			if live(s.attempts[id].State) {
-				return 0
-			}
-		}
-	}
-	return 1
-}
-
-func (s *State) countDue(job string, change int) {
-	if s.due[job] += change; s.due[job] == 0 {
-		delete(s.due, job)
-	}
-}
-
-// setAttempt stores an attempt and keeps the indexes of what workers run and of
-// the checks that are due.
-func (s *State) setAttempt(a *musterpb.Attempt) {
-	result := s.resultOf(a)
-	before := s.owed(result)
-	s.attempts[a.Id] = a
-	s.countDue(a.Job, s.owed(result)-before)
-	s.indexLive(a)
-}
-
-func (s *State) indexLive(a *musterpb.Attempt) {
-	live := s.liveByWorker[a.Worker]
-	if running(a.State) {
-		if live == nil {
-			live = map[string]struct{}{}
-			s.liveByWorker[a.Worker] = live
-		}
-		live[a.Id] = struct{}{}
-		return
-	}
-	delete(live, a.Id)
-	if len(live) == 0 {
-		delete(s.liveByWorker, a.Worker)
-	}
-}
-
-// busyDevice is the first of the devices that another attempt uses.
-func (s *State) busyDevice(worker string, devices []string) string {
-	if len(devices) == 0 {
-		return ""
-	}
-	used := map[string]bool{}
-	for id := range s.liveByWorker[worker] {
-		for _, d := range s.attempts[id].Devices {
-			used[d] = true
-		}
-	}
-	for _, d := range devices {
-		if used[d] {
+// busyDevice is the first of the devices that another attempt uses, or that is
+// named twice.
+func (u *Use) busyDevice(devices []string) string {
+	for i, d := range devices {
+		if slices.Contains(u.Devices, d) || slices.Contains(devices[:i], d) {
 			return d
 		}
-		used[d] = true
 	}
 	return ""
 }

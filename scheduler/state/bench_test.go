@@ -94,7 +94,7 @@ func BenchmarkSnapshot(b *testing.B) {
 // BenchmarkWriteSnapshot is the writing of it, beside Apply.
 func BenchmarkWriteSnapshot(b *testing.B) {
 	snapshot := manyAttempts(b, 100_000).Snapshot()
-	b.ReportMetric(float64(len(snapshot.attempts)), "attempts")
+	b.ReportMetric(float64(snapshot.attempts.Len()), "attempts")
 	for b.Loop() {
 		if err := snapshot.Write(io.Discard); err != nil {
 			b.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/jobspec"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/ledger"
 	"github.com/musternet/muster/verify"
@@ -15,7 +16,7 @@ import (
 // closeBatch fixes which commits are drawn together, before any reveal. The
 // oldest commits come first, and one batch is drawn at a time.
 func (s *State) closeBatch(c *musterpb.CloseBatch) (string, error) {
-	if last := s.batches[s.epoch]; last != nil && !last.Drawn {
+	if last := s.batches.Get(s.epoch); last != nil && !last.Drawn {
 		return "", api.Errorf(api.Conflict, "epoch %d is not drawn yet", s.epoch)
 	}
 	if c.Epoch != s.epoch+1 {
@@ -37,23 +38,24 @@ func (s *State) closeBatch(c *musterpb.CloseBatch) (string, error) {
 	s.epoch = c.Epoch
 	s.openBatch = slices.Clone(s.openBatch[c.Attempts:])
 	for _, id := range attempts {
-		fresh := s.attempts[id].CloneVT()
+		fresh := copyAttempt(s.attempts.Get(id))
 		fresh.Batch = c.Epoch
-		s.setAttempt(fresh)
+		s.setAttempt(fresh.State, fresh)
 	}
+	s.countUndecided(c.Epoch, len(attempts))
 	if len(batch.Committee) == 0 {
 		batch.FailedClosed = true
 		s.draw(batch)
 		return "", nil
 	}
-	s.batches[c.Epoch] = batch
+	s.batches.Set(c.Epoch, batch)
 	return "", nil
 }
 
 func (s *State) batchDigest(epoch uint64, attempts []string) []byte {
 	roots := make([][]byte, len(attempts))
 	for i, id := range attempts {
-		roots[i] = s.attempts[id].Commit.Root
+		roots[i] = s.attempts.Get(id).Commit.Root
 	}
 	return verify.BatchDigest(epoch, attempts, roots)
 }
@@ -62,7 +64,7 @@ func (s *State) batchDigest(epoch uint64, attempts []string) []byte {
 // the last one draws it.
 func (s *State) reveal(c *musterpb.RevealValue) (string, error) {
 	r := c.Reveal
-	batch, node := s.batches[r.GetEpoch()], s.nodes[r.GetNode()]
+	batch, node := s.batches.Get(r.GetEpoch()), s.nodes[r.GetNode()]
 	switch {
 	case batch == nil || node == nil:
 		return "", api.Errorf(api.Invalid, "reveal by %q for epoch %d: no such scheduler or no such batch is closed", r.GetNode(), r.GetEpoch())
@@ -78,10 +80,10 @@ func (s *State) reveal(c *musterpb.RevealValue) (string, error) {
 	fresh := node.CloneVT()
 	fresh.Tip, fresh.Reveals = r.Value, node.Reveals+1
 	s.nodes[r.Node] = fresh
-	batch = batch.CloneVT()
+	batch = copyBatch(batch)
 	batch.Reveals = append(batch.Reveals, r)
 	if len(batch.Reveals) < len(batch.Committee) {
-		s.batches[batch.Epoch] = batch
+		s.batches.Set(batch.Epoch, batch)
 		return "", nil
 	}
 	values := map[string][]byte{}
@@ -96,11 +98,11 @@ func (s *State) reveal(c *musterpb.RevealValue) (string, error) {
 // failBatchClosed gives up waiting for a reveal: everything in the batch is
 // checked, and who withheld leaves the committee.
 func (s *State) failBatchClosed(c *musterpb.FailBatchClosed) (string, error) {
-	batch := s.batches[c.Epoch]
+	batch := s.batches.Get(c.Epoch)
 	if batch == nil || batch.Drawn {
 		return "", api.Errorf(api.Conflict, "epoch %d is not being drawn", c.Epoch)
 	}
-	batch = batch.CloneVT()
+	batch = copyBatch(batch)
 	for _, id := range batch.Committee {
 		if slices.ContainsFunc(batch.Reveals, func(r *musterpb.Reveal) bool { return r.Node == id }) {
 			continue
@@ -117,63 +119,63 @@ func (s *State) failBatchClosed(c *musterpb.FailBatchClosed) (string, error) {
 // draw decides, for every commit of a batch, which of its items are checked.
 func (s *State) draw(batch *musterpb.Batch) {
 	batch.Drawn = true
-	s.batches[batch.Epoch] = batch
+	s.batches.Set(batch.Epoch, batch)
+	lottery := verify.NewLottery(batch.Seed)
 	for _, id := range batch.Attempts {
-		a := s.attempts[id]
+		a := s.attempts.Get(id)
 		if a.State != musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
 			continue
 		}
-		job := s.jobs[a.Job]
+		job, x := s.jobs.Get(a.Job), s.index.jobs[a.Job]
 		rate := uint32(verify.PPM)
 		if !batch.FailedClosed {
-			passed := s.records[recordKey{a.Owner, a.Class, Application(job)}].GetPassed()
+			passed := s.records.Get(recordKey{a.Owner, a.Class, Application(job)}).GetPassed()
 			rate = verify.Rate(passed, job.Spec.Verify.RatePpm)
 		}
-		items := verify.Draw(batch.Seed, id, s.itemsOf(a), a.Commit.Root, rate)
+		if x.order == nil {
+			x.order = jobspec.OrderOf(job.Spec, job.PermutationKey)
+		}
+		items := lottery.Draw(id, s.itemsOf(a), a.Commit.Root, rate)
 		if len(items) == 0 {
 			s.acceptWork(a, "not sampled")
 			continue
 		}
-		check := &musterpb.Check{Id: checkID(id), Job: a.Job, Target: id, Items: items, OpenedUnixMs: s.now}
-		s.setCheck(check)
-		s.changeJob(a.Job, func(job *musterpb.Job) {
-			job.OpenChecks++
-			job.CheckedItems += uint64(len(items))
-		})
+		s.setCheck(&musterpb.Check{Id: checkID(id), Job: a.Job, Target: id, Items: items, OpenedUnixMs: s.now})
+		job = s.editJob(a.Job)
+		job.OpenChecks++
+		job.CheckedItems += uint64(len(items))
 	}
 }
 
-// setCheck stores a check and keeps the indexes of open ones and of those that
-// are due.
+// check is a stored check, nil for an unknown one. Commands name checks by it.
+func (s *State) check(id string) *musterpb.Check {
+	if c := s.checks.Get(id); c != nil && !s.isDropped(c.Job) {
+		return c
+	}
+	return nil
+}
+
+// setCheck stores a check.
 func (s *State) setCheck(c *musterpb.Check) {
-	before := s.owed(c.Target)
-	s.checks[c.Id] = c
-	s.countDue(c.Job, s.owed(c.Target)-before)
-	s.indexOpen(c)
-}
-
-func (s *State) indexOpen(c *musterpb.Check) {
-	if c.Verdict == musterpb.Verdict_VERDICT_UNSPECIFIED || c.Verdict == musterpb.Verdict_VERDICT_AWAITING_DATA {
-		s.openChecks[c.Id] = struct{}{}
-	} else {
-		delete(s.openChecks, c.Id)
-	}
+	s.checks.Set(c.Id, c)
+	s.indexCheck(c)
 }
 
 // placeCheckRun places a re-execution: an attempt like any other, by an owner
 // who has no part in the check so far.
 func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) error {
-	check := s.checks[c.Check]
+	check := s.check(c.Check)
 	if check == nil || check.Job != c.Job {
 		return api.Errorf(api.NotFound, "check %q of job %s is not known", c.Check, c.Job)
 	}
-	if _, open := s.openChecks[check.Id]; !open {
+	if !open(check) {
 		return api.Errorf(api.Conflict, "check %s has its verdict", check.Id)
 	}
-	if s.runsWanted(check) <= 0 {
+	job, x := s.jobs.Get(c.Job), s.index.jobs[c.Job]
+	if x.wanted.get(check.Id) == 0 {
 		return api.Errorf(api.Conflict, "check %s needs no further run", check.Id)
 	}
-	target := s.attempts[check.Target]
+	target := s.attempts.Get(check.Target)
 	if a.Task != target.Task {
 		return api.Errorf(api.Invalid, "check %s is of task %d, not of task %d", check.Id, target.Task, a.Task)
 	}
@@ -181,37 +183,36 @@ func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) err
 		return api.Errorf(api.Invalid, "check %s needs hardware class %s, worker %s is %s", check.Id, target.Class, a.Worker, a.Class)
 	}
 	for _, id := range append([]string{check.Target}, check.Runs...) {
-		o := s.attempts[id]
+		o := s.attempts.Get(id)
 		if !live(o.State) {
 			continue // it ended without a result
 		}
 		if o.Worker == a.Worker {
 			return api.Errorf(api.Denied, "worker %s has a part in check %s already", a.Worker, check.Id)
 		}
-		if o.Owner == a.Owner && !s.jobs[c.Job].Spec.Verify.SameOwner {
+		if o.Owner == a.Owner && !job.Spec.Verify.SameOwner {
 			return api.Errorf(api.Denied, "account %s has a part in check %s already", a.Owner, check.Id)
 		}
 	}
-	a.Items = check.Items
+	a.Check, a.Items = check.Id, check.Items
 	payer := s.payerOf(check, api.MicroUSD(a.HoldMicroUsd))
 	if payer == "" {
 		err := api.Errorf(api.Exhausted, "%s of the budget is free, and the check of a result may cost up to %s; wait, or add to the budget with: muster job fund %s AMOUNT",
-			s.ledger.Account(ledger.OfJob(c.Job)).Available(), api.MicroUSD(a.HoldMicroUsd), c.Job)
-		s.pause(s.jobs[c.Job], err.Error())
+			s.ledger.Account(x.money).Available(), api.MicroUSD(a.HoldMicroUsd), c.Job)
+		s.pause(c.Job, err.Error())
 		return err
 	}
 	must(s.hold(a, payer))
-	s.addAttempt(a)
-	fresh := check.CloneVT()
+	fresh := copyCheck(check)
 	fresh.Runs = append(fresh.Runs, a.Id)
 	if c.Relaxed != "" {
 		fresh.Relaxed = c.Relaxed
 	}
-	s.setCheck(fresh)
-	s.changeJob(c.Job, func(job *musterpb.Job) {
-		job.Checks++
-		job.LiveAttempts++
-	})
+	s.checks.Set(fresh.Id, fresh)
+	s.setAttempt(0, a)
+	job = s.editJob(c.Job)
+	job.Checks++
+	job.LiveAttempts++
 	return nil
 }
 
@@ -221,8 +222,8 @@ func (s *State) payerOf(check *musterpb.Check, amount api.MicroUSD) string {
 	if len(check.Comparisons) > 0 && s.ledger.Account(ledger.Network).Available() >= amount {
 		return ledger.Network
 	}
-	if s.ledger.Account(ledger.OfJob(check.Job)).Available() >= amount {
-		return ledger.OfJob(check.Job)
+	if x := s.index.jobs[check.Job]; s.ledger.Account(x.money).Available() >= amount {
+		return x.money
 	}
 	return ""
 }
@@ -233,7 +234,7 @@ func (s *State) failedCheckRun(a *musterpb.Attempt) {
 	if a.Blame == musterpb.Blame_BLAME_NETWORK || a.State != musterpb.AttemptState_ATTEMPT_STATE_FAILED {
 		return
 	}
-	check := s.checks[a.Check].CloneVT()
+	check := copyCheck(s.checks.Get(a.Check))
 	check.FailedRuns++
 	s.setCheck(check)
 	if check.FailedRuns >= verify.MaxRuns {
@@ -241,20 +242,11 @@ func (s *State) failedCheckRun(a *musterpb.Attempt) {
 	}
 }
 
-// runsWanted is how many further runs a check can use now.
-func (s *State) runsWanted(check *musterpb.Check) int {
-	committed, underWay := s.runsOf(check)
-	if len(verify.MissingPairs(check.Target, committed, check.Comparisons)) > 0 {
-		return 0 // the comparison comes first
-	}
-	return verify.Decide(check.Target, committed, check.Comparisons).MoreRuns - underWay
-}
-
 // runsOf splits a check's runs into those with a result and a count of those
 // still under way; others ended without one.
 func (s *State) runsOf(check *musterpb.Check) (committed []string, underWay int) {
 	for _, id := range check.Runs {
-		switch state := s.attempts[id].State; {
+		switch state := s.attempts.Get(id).State; {
 		case state == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED:
 			committed = append(committed, id)
 		case running(state):
@@ -265,11 +257,11 @@ func (s *State) runsOf(check *musterpb.Check) (committed []string, underWay int)
 }
 
 func (s *State) recordComparisons(c *musterpb.RecordComparisons) (string, error) {
-	check := s.checks[c.Check]
+	check := s.check(c.Check)
 	if check == nil {
 		return "", api.Errorf(api.NotFound, "check %q is not known", c.Check)
 	}
-	if _, open := s.openChecks[c.Check]; !open {
+	if !open(check) {
 		return "", api.Errorf(api.Conflict, "check %s has its verdict", c.Check)
 	}
 	committed, _ := s.runsOf(check)
@@ -285,23 +277,22 @@ func (s *State) recordComparisons(c *musterpb.RecordComparisons) (string, error)
 	if wanted == 0 || len(missing) > 0 {
 		return "", api.Errorf(api.Conflict, "check %s: %d comparisons where %d are wanted", c.Check, len(c.Comparisons), wanted)
 	}
-	fresh := check.CloneVT()
+	fresh := copyCheck(check)
 	fresh.Comparisons = append(fresh.Comparisons, c.Comparisons...)
-	s.setCheck(fresh)
 	s.decide(fresh, committed)
 	return "", nil
 }
 
 // decide gives a check its verdict as soon as there is one, and carries out
-// what follows from it.
+// what follows from it. It takes a copy of the check that it may change.
 func (s *State) decide(check *musterpb.Check, committed []string) {
 	d := verify.Decide(check.Target, committed, check.Comparisons)
 	switch d.Verdict {
 	case musterpb.Verdict_VERDICT_SUCCESS:
 		s.closeCheck(check, d.Verdict, fmt.Sprintf("%d runs agree on %d items", len(d.Right), len(check.Items)))
 		s.judgeRuns(check, d)
-		target := s.attempts[check.Target]
-		s.changeRecord(target.Owner, target.Class, Application(s.jobs[check.Job]), true)
+		target := s.attempts.Get(check.Target)
+		s.changeRecord(target.Owner, target.Class, Application(s.jobs.Get(check.Job)), true)
 		s.acceptWork(target, "checked and right")
 	case musterpb.Verdict_VERDICT_FAILURE:
 		s.closeCheck(check, d.Verdict, differs(check))
@@ -310,29 +301,28 @@ func (s *State) decide(check *musterpb.Check, committed []string) {
 	case musterpb.Verdict_VERDICT_INCONCLUSIVE:
 		s.inconclusive(check, fmt.Sprintf("%d runs and no %d of them agree; %s", len(committed)+1, verify.Quorum, differs(check)))
 	default:
-		fresh := check.CloneVT()
-		fresh.Verdict = musterpb.Verdict_VERDICT_AWAITING_DATA
-		s.setCheck(fresh)
+		check.Verdict = musterpb.Verdict_VERDICT_AWAITING_DATA
+		s.setCheck(check)
 	}
 }
 
-// closeCheck stores a verdict and stops the runs that can't change it.
+// closeCheck stores a verdict and stops the runs that can't change it. It takes
+// a copy of the check that it may change.
 func (s *State) closeCheck(check *musterpb.Check, verdict musterpb.Verdict, reason string) {
-	fresh := check.CloneVT()
-	fresh.Verdict, fresh.Reason, fresh.ClosedUnixMs = verdict, reason, s.now
-	s.setCheck(fresh)
+	check.Verdict, check.Reason, check.ClosedUnixMs = verdict, reason, s.now
+	s.setCheck(check)
 	for _, id := range check.Runs {
-		if a := s.attempts[id]; running(a.State) {
+		if a := s.attempts.Get(id); running(a.State) {
 			s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, "the result is not needed any more")
 		}
 	}
-	s.changeJob(check.Job, func(job *musterpb.Job) { job.OpenChecks-- })
+	s.editJob(check.Job).OpenChecks--
 }
 
 // judgeRuns pays the check runs on the right side and rejects the others.
 func (s *State) judgeRuns(check *musterpb.Check, d verify.Decision) {
 	for _, id := range check.Runs {
-		a := s.attempts[id]
+		a := s.attempts.Get(id)
 		switch {
 		case slices.Contains(d.Right, id):
 			s.payAttempt(a, "result agrees")
@@ -347,8 +337,8 @@ func (s *State) judgeRuns(check *musterpb.Check, d verify.Decision) {
 func (s *State) offence(a *musterpb.Attempt, reason string) {
 	s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_REJECTED, reason)
 	s.failedWorker(a.Worker, true)
-	s.changeRecord(a.Owner, a.Class, Application(s.jobs[a.Job]), false)
-	s.changeJob(a.Job, func(job *musterpb.Job) { job.Caught++ })
+	s.changeRecord(a.Owner, a.Class, Application(s.jobs.Get(a.Job)), false)
+	s.editJob(a.Job).Caught++
 }
 
 // acceptWork pays a result and counts its task as done.
@@ -357,16 +347,15 @@ func (s *State) acceptWork(a *musterpb.Attempt, reason string) {
 	task := s.task(a.Job, a.Task)
 	task.State = musterpb.TaskState_TASK_STATE_VERIFIED
 	s.setTask(task)
-	s.changeJob(a.Job, func(job *musterpb.Job) {
-		job.TasksVerified++
-		job.ItemsVerified += countItems(job, a.Task)
-	})
+	job := s.editJob(a.Job)
+	job.TasksVerified++
+	job.ItemsVerified += countItems(job, a.Task)
 	s.settleJob(a.Job)
 }
 
 // rejectWork takes back a result that was proved wrong.
 func (s *State) rejectWork(check *musterpb.Check) {
-	target := s.attempts[check.Target]
+	target := s.attempts.Get(check.Target)
 	s.offence(target, "a spot-check proved it wrong: "+differs(check))
 	s.redo(target, "")
 }
@@ -374,9 +363,10 @@ func (s *State) rejectWork(check *musterpb.Check) {
 // redo queues the task of a result that does not count, counting a failure
 // of the job's where there is a reason for it.
 func (s *State) redo(a *musterpb.Attempt, failure string) {
-	s.changeJob(a.Job, func(job *musterpb.Job) { job.ItemsCommitted -= countItems(job, a.Task) })
+	job := s.editJob(a.Job)
+	job.ItemsCommitted -= countItems(job, a.Task)
 	task := s.task(a.Job, a.Task)
-	if Ended(s.jobs[a.Job].State) {
+	if Ended(job.State) {
 		s.requeue(task)
 		s.settleJob(a.Job)
 		return
@@ -389,30 +379,31 @@ func (s *State) redo(a *musterpb.Attempt, failure string) {
 	}
 	s.requeue(task)
 	if reason := s.outOfRetries(task, false, failure); reason != "" {
-		s.endJob(copyJob(s.jobs[a.Job]), musterpb.JobState_JOB_STATE_FAILED, reason)
+		s.endJob(a.Job, musterpb.JobState_JOB_STATE_FAILED, reason)
 	}
 }
 
 func (s *State) giveUpCheck(c *musterpb.GiveUpCheck) (string, error) {
-	check := s.checks[c.Check]
+	check := s.check(c.Check)
 	if check == nil {
 		return "", api.Errorf(api.NotFound, "check %q is not known", c.Check)
 	}
-	if _, open := s.openChecks[c.Check]; !open {
+	if !open(check) {
 		return "", api.Errorf(api.Conflict, "check %s has its verdict", c.Check)
 	}
-	s.inconclusive(check, c.Reason)
+	s.inconclusive(copyCheck(check), c.Reason)
 	return "", nil
 }
 
 // inconclusive ends a check that nobody could decide. No owner is at fault: who
 // delivered is paid from the network's fund, as far as that reaches, and the
 // checkers first, since theirs was not the result in doubt; the customer pays
-// nothing, and the task is done again.
+// nothing, and the task is done again. It takes a copy of the check that it may
+// change.
 func (s *State) inconclusive(check *musterpb.Check, reason string) {
 	s.closeCheck(check, musterpb.Verdict_VERDICT_INCONCLUSIVE, reason)
 	for _, id := range append(slices.Clone(check.Runs), check.Target) {
-		a := s.attempts[id]
+		a := s.attempts.Get(id)
 		if a.State != musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
 			continue
 		}
@@ -420,11 +411,11 @@ func (s *State) inconclusive(check *musterpb.Check, reason string) {
 		amount := min(s.price(a), s.ledger.Account(ledger.Network).Available())
 		if amount > 0 {
 			must(s.ledger.Move(ledger.Entry{
-				TimeUnixMS: s.now, Debit: ledger.Network, Credit: ledger.Of(a.Owner), Amount: amount, Ref: id, Memo: "inconclusive check",
+				TimeUnixMS: s.now, Debit: ledger.Network, Credit: s.index.workers[a.Worker].money, Amount: amount, Ref: id, Memo: "inconclusive check",
 			}))
 		}
 	}
-	s.redo(s.attempts[check.Target], "a check was inconclusive: "+reason)
+	s.redo(s.attempts.Get(check.Target), "a check was inconclusive: "+reason)
 }
 
 // differs is what the first mismatch of a check was.

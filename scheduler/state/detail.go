@@ -8,14 +8,8 @@ import "github.com/musternet/muster/api/musterpb"
 func (s *State) Detail(job string, number uint32) (attempts []*musterpb.Attempt, checks []*musterpb.Check) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	for _, id := range s.tasks[taskKey{job, number}].GetAttempts() {
-		attempts = append(attempts, s.attempts[id])
-		if c := s.checks[checkID(id)]; c != nil {
-			checks = append(checks, c)
-			for _, run := range c.Runs {
-				attempts = append(attempts, s.attempts[run])
-			}
-		}
+	if task := s.tasks.Get(taskKey{job, number}); task != nil && !s.isDropped(job) {
+		attempts, checks = s.appendOf(nil, nil, task)
 	}
 	return attempts, checks
 }

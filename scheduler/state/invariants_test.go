@@ -3,13 +3,13 @@ package state
 import (
 	"bytes"
 	"fmt"
-	"maps"
 	"reflect"
 	"slices"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/ledger"
+	"github.com/musternet/muster/verify"
 )
 
 // broken lists every invariant of the state that does not hold. It recounts
@@ -19,19 +19,24 @@ func broken(s *State) (problems []string) {
 	defer s.mu.RUnlock()
 	bad := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
 	brokenMoney(s, bad)
-	for _, id := range sortedKeys(s.jobs) {
-		brokenJob(s, s.jobs[id], bad)
+	for _, id := range keysOf(s.jobs) {
+		brokenJob(s, s.jobs.Get(id), bad)
 	}
-	for _, id := range sortedKeys(s.attempts) {
-		brokenAttempt(s, s.attempts[id], bad)
+	for _, id := range attemptIDs(s) {
+		brokenAttempt(s, s.attempts.Get(id), bad)
 	}
-	for _, k := range slices.SortedFunc(maps.Keys(s.tasks), compareTasks) {
-		brokenTask(s, s.tasks[k], bad)
+	for _, k := range slices.SortedFunc(s.tasks.Keys(), compareTasks) {
+		if !s.isDropped(k.job) {
+			brokenTask(s, s.tasks.Get(k), bad)
+		}
 	}
-	for _, id := range sortedKeys(s.checks) {
-		c := s.checks[id]
-		if _, open := s.openChecks[id]; open != (c.ClosedUnixMs == 0) {
-			bad("check %s: closed at %d, open %v", id, c.ClosedUnixMs, open)
+	for _, id := range keysOf(s.checks) {
+		c := s.check(id)
+		if c == nil {
+			continue
+		}
+		if open(c) != (c.ClosedUnixMs == 0) {
+			bad("check %s: closed at %d, open %v", id, c.ClosedUnixMs, open(c))
 		}
 		for i, a := range c.Comparisons {
 			for _, b := range c.Comparisons[:i] {
@@ -41,13 +46,115 @@ func broken(s *State) (problems []string) {
 			}
 		}
 	}
-	if len(s.answerOrder) != len(s.answered) {
-		bad("%d answers are remembered, %d in order", len(s.answered), len(s.answerOrder))
+	if len(s.answerOrder) != s.answered.Len() {
+		bad("%d answers are remembered, %d in order", s.answered.Len(), len(s.answerOrder))
 	}
+	brokenIndex(s, bad)
 	return problems
 }
 
 type complain func(format string, args ...any)
+
+// attemptIDs are the attempts that are there for readers.
+func attemptIDs(s *State) []string {
+	return slices.DeleteFunc(keysOf(s.attempts), func(id string) bool { return s.attempt(id) == nil })
+}
+
+// brokenIndex compares everything that is derived with what a walk over all
+// values gives.
+func brokenIndex(s *State, bad complain) {
+	uses, running, units := map[string]Use{}, map[string][]string{}, map[string]int64{}
+	due, wanted, toCompare, undecided := map[string]int{}, map[string]map[string]int{}, []string{}, map[uint64]int{}
+	count := 0
+	for _, id := range attemptIDs(s) {
+		a := s.attempts.Get(id)
+		job := s.jobs.Get(a.Job)
+		if isRunning(a) {
+			u := uses[a.Worker]
+			u.add(1, job.Spec.Resources, a.Devices)
+			uses[a.Worker] = u
+			running[a.Worker] = append(running[a.Worker], id)
+			units[job.Account] += Units(job.Spec.Resources)
+			count++
+		}
+		if a.Check == "" && live(a.State) {
+			due[a.Job] += owed(s, a)
+			if a.Batch != 0 {
+				undecided[a.Batch]++
+			}
+		}
+	}
+	for _, id := range keysOf(s.checks) {
+		check := s.check(id)
+		if check == nil || check.ClosedUnixMs != 0 {
+			continue
+		}
+		committed, underWay := s.runsOf(check)
+		if len(verify.MissingPairs(check.Target, committed, check.Comparisons)) > 0 {
+			toCompare = append(toCompare, id)
+		} else if n := verify.Decide(check.Target, committed, check.Comparisons).MoreRuns - underWay; n > 0 {
+			if wanted[check.Job] == nil {
+				wanted[check.Job] = map[string]int{}
+			}
+			wanted[check.Job][id] = n
+		}
+	}
+	same := func(what string, got, want any) {
+		if !reflect.DeepEqual(got, want) {
+			bad("%s: %v, recounted %v", what, got, want)
+		}
+	}
+	for _, id := range keysOf(s.workers) {
+		x := s.index.workers[id]
+		got, want := x.use, uses[id]
+		slices.Sort(want.Devices)
+		got.Devices = slices.Sorted(slices.Values(got.Devices))
+		same("use of "+id, got, want)
+		same("running on "+id, sortedKeys(x.running), running[id])
+	}
+	for _, id := range keysOf(s.accounts) {
+		same("usage of "+id, s.index.accounts[id].units, units[id])
+	}
+	same("number of live attempts", s.index.running, count)
+	same("checks to compare", sortedKeys(s.index.toCompare), slices.Clip(append([]string(nil), toCompare...)))
+	same("undecided", s.index.undecided, undecided)
+	same("jobs with checks that want a run", sortedKeys(s.index.wanting), sortedKeys(wanted))
+	var jobs, settled []string
+	for _, id := range keysOf(s.jobs) {
+		if s.jobs.Get(id).Settled {
+			settled = append(settled, id)
+			continue
+		}
+		jobs = append(jobs, id)
+		if x := s.index.jobs[id]; x != nil {
+			same("results of "+id+" that are due", x.due, due[id])
+			got := map[string]int{}
+			for check := range x.wanted.all() {
+				got[check] = x.wanted.get(check)
+			}
+			same("runs wanted of "+id, len(got), x.wanted.len())
+			if len(got)+len(wanted[id]) > 0 {
+				same("runs wanted of "+id, got, wanted[id])
+			}
+		}
+	}
+	same("live jobs", sortedKeys(s.index.jobs), jobs)
+	same("settled jobs", slices.Sorted(slices.Values(s.index.settled)), settled)
+}
+
+func isRunning(a *musterpb.Attempt) bool { return running(a.State) }
+
+// owed is 1 for a result that may yet be paid and whose check has no run.
+func owed(s *State, a *musterpb.Attempt) int {
+	if check := s.checks.Get(checkID(a.Id)); check != nil {
+		for _, id := range check.Runs {
+			if live(s.attempts.Get(id).State) {
+				return 0
+			}
+		}
+	}
+	return 1
+}
 
 func brokenMoney(s *State, bad complain) {
 	if sum := s.ledger.Sum(); sum != 0 {
@@ -61,8 +168,8 @@ func brokenMoney(s *State, bad complain) {
 			bad("%s has %+v", name, a)
 		}
 	}
-	for _, id := range sortedKeys(s.attempts) {
-		a := s.attempts[id]
+	for _, id := range attemptIDs(s) {
+		a := s.attempts.Get(id)
 		live := live(a.State)
 		if live {
 			wantHeld += api.MicroUSD(a.HoldMicroUsd)
@@ -79,15 +186,14 @@ func brokenMoney(s *State, bad complain) {
 		bad("%s is held, the live attempts account for %s", held, wantHeld)
 	}
 	posts := map[string]int{}
-	all, _ := s.ledger.Transfers("", 0, 1<<62)
-	for _, t := range all {
+	for _, t := range s.ledger.Tail(0) {
 		switch {
 		case t.Kind == musterpb.TransferKind_TRANSFER_KIND_POST:
 			if posts[t.Ref]++; posts[t.Ref] > 1 {
 				bad("attempt %s was paid twice", t.Ref)
 			}
-		case t.Memo == "inconclusive check" && s.attempts[t.Ref].State != musterpb.AttemptState_ATTEMPT_STATE_INCONCLUSIVE:
-			bad("attempt %s was paid as inconclusive and is %s", t.Ref, StateName(s.attempts[t.Ref].State))
+		case t.Memo == "inconclusive check" && s.attempt(t.Ref) != nil && s.attempts.Get(t.Ref).State != musterpb.AttemptState_ATTEMPT_STATE_INCONCLUSIVE:
+			bad("attempt %s was paid as inconclusive and is %s", t.Ref, StateName(s.attempts.Get(t.Ref).State))
 		}
 	}
 }
@@ -95,8 +201,8 @@ func brokenMoney(s *State, bad complain) {
 func brokenJob(s *State, job *musterpb.Job, bad complain) {
 	want := &musterpb.Job{}
 	spent := api.MicroUSD(0)
-	for _, id := range sortedKeys(s.attempts) {
-		a := s.attempts[id]
+	for _, id := range attemptIDs(s) {
+		a := s.attempts.Get(id)
 		if a.Job != job.Id {
 			continue
 		}
@@ -115,7 +221,7 @@ func brokenJob(s *State, job *musterpb.Job, bad complain) {
 			spent += api.MicroUSD(a.PaidMicroUsd)
 		}
 	}
-	for _, c := range s.checks {
+	for c := range s.checks.Values() {
 		if c.Job == job.Id {
 			want.CheckedItems += uint64(len(c.Items))
 			if c.ClosedUnixMs == 0 {
@@ -125,7 +231,7 @@ func brokenJob(s *State, job *musterpb.Job, bad complain) {
 	}
 	requeued := []uint32{}
 	for n := range job.NextTask {
-		t := s.tasks[taskKey{job.Id, n}]
+		t := s.tasks.Get(taskKey{job.Id, n})
 		if t == nil {
 			bad("task %s/%d was placed and is not there", job.Id, n)
 			continue
@@ -172,7 +278,7 @@ func brokenJob(s *State, job *musterpb.Job, bad complain) {
 
 func brokenAttempt(s *State, a *musterpb.Attempt, bad complain) {
 	if running(a.State) && a.Check == "" {
-		if job := s.jobs[a.Job]; Ended(job.State) {
+		if job := s.jobs.Get(a.Job); Ended(job.State) {
 			bad("attempt %s runs and its job is %s", a.Id, StateName(job.State))
 		}
 	}
@@ -181,9 +287,9 @@ func brokenAttempt(s *State, a *musterpb.Attempt, bad complain) {
 	} else if waits := a.State == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED && a.Check == "" && a.Batch == 0; waits != (n == 1) {
 		bad("attempt %s (%s, batch %d) is in the open batch: %v", a.Id, StateName(a.State), a.Batch, n == 1)
 	}
-	check := s.checks[checkID(a.Id)]
+	check := s.checks.Get(checkID(a.Id))
 	if a.Check != "" {
-		check = s.checks[a.Check]
+		check = s.checks.Get(a.Check)
 		if !slices.Contains(check.Runs, a.Id) {
 			bad("check run %s is not among the runs of its check", a.Id)
 		}
@@ -194,11 +300,11 @@ func brokenAttempt(s *State, a *musterpb.Attempt, bad complain) {
 		if closed {
 			bad("attempt %s has no verdict and its check is closed", a.Id)
 		}
-		if a.Check == "" && a.Batch != 0 && s.batches[a.Batch].Drawn && check == nil {
+		if a.Check == "" && a.Batch != 0 && drawn(s, a.Batch) && check == nil {
 			bad("attempt %s was drawn and has neither verdict nor check", a.Id)
 		}
 	case musterpb.AttemptState_ATTEMPT_STATE_VERIFIED:
-		drawn := a.Check != "" || a.Batch != 0 && s.batches[a.Batch].Drawn
+		drawn := a.Check != "" || a.Batch != 0 && drawn(s, a.Batch)
 		if !drawn || check != nil && (!closed || check.Verdict == musterpb.Verdict_VERDICT_INCONCLUSIVE) {
 			bad("attempt %s was paid without a verdict", a.Id)
 		}
@@ -208,8 +314,8 @@ func brokenAttempt(s *State, a *musterpb.Attempt, bad complain) {
 		}
 	}
 	if running(a.State) {
-		for _, id := range sortedKeys(s.attempts) {
-			if o := s.attempts[id]; id < a.Id && o.Worker == a.Worker && running(o.State) {
+		for _, id := range attemptIDs(s) {
+			if o := s.attempts.Get(id); id < a.Id && o.Worker == a.Worker && running(o.State) {
 				for _, d := range a.Devices {
 					if slices.Contains(o.Devices, d) {
 						bad("attempts %s and %s both use device %s", id, a.Id, d)
@@ -220,10 +326,13 @@ func brokenAttempt(s *State, a *musterpb.Attempt, bad complain) {
 	}
 }
 
+// drawn reports whether a batch was drawn; what is sealed was.
+func drawn(s *State, epoch uint64) bool { return epoch <= s.sealedEpoch || s.batches.Get(epoch).Drawn }
+
 func brokenTask(s *State, t *musterpb.Task, bad complain) {
 	var live, paid, committed []string
-	for _, id := range sortedKeys(s.attempts) {
-		a := s.attempts[id]
+	for _, id := range attemptIDs(s) {
+		a := s.attempts.Get(id)
 		if a.Job != t.Job || a.Task != t.Number || a.Check != "" {
 			continue
 		}
@@ -302,8 +411,12 @@ func (r *replicas) apply(cmd *musterpb.Command) *musterpb.Answer {
 		r.t.Fatalf("after %v (%v):\n%q", cmd, answer, problems)
 	}
 	for _, account := range r.Accounts() {
-		if b := r.Balance(account); b.DepositedMicroUsd+b.EarnedMicroUsd != b.BalanceMicroUsd+b.InJobsMicroUsd+b.SpentMicroUsd {
-			r.t.Fatalf("the balance of %s does not add up: %v", account, b)
+		inJobs := api.MicroUSD(0)
+		for _, job := range r.Jobs(account, 1<<30) {
+			inJobs += r.LedgerAccount(ledger.OfJob(job.Id)).Balance
+		}
+		if b := r.Balance(account); api.MicroUSD(b.InJobsMicroUsd) != inJobs {
+			r.t.Fatalf("the balance of %s does not add up: %v, and %s is in its jobs", account, b, inJobs)
 		}
 	}
 	r.restart(after, hash)
@@ -324,16 +437,8 @@ func (r *replicas) restart(snapshot *Snapshot, hash []byte) {
 	if !bytes.Equal(restored.Snapshot().Hash(), hash) {
 		r.t.Fatalf("a restored state has another hash")
 	}
-	for name, pair := range map[string][2]any{
-		"liveJobs":     {r.liveJobs, restored.liveJobs},
-		"openChecks":   {r.openChecks, restored.openChecks},
-		"liveByWorker": {r.liveByWorker, restored.liveByWorker},
-		"byJob":        {r.byJob, restored.byJob},
-		"due":          {r.due, restored.due},
-	} {
-		if !reflect.DeepEqual(pair[0], pair[1]) {
-			r.t.Fatalf("%s is %v, rebuilt %v", name, pair[0], pair[1])
-		}
+	if problems := broken(restored); len(problems) > 0 {
+		r.t.Fatalf("what was restored:\n%q", problems)
 	}
 	r.twin = restored
 }
@@ -342,15 +447,14 @@ func (r *replicas) restart(snapshot *Snapshot, hash []byte) {
 // thing that it may do is pause the job whose budget it exceeds: given the
 // snapshot before, a job that was paused since counts as it was.
 func essence(s, before *Snapshot) []byte {
-	e := *s
-	e.now, e.answered, e.answerOrder = 0, nil, nil
+	e := Snapshot{s.data.copy()}
+	e.now, e.answerOrder = 0, nil
 	if before != nil {
-		e.jobs = maps.Clone(s.jobs)
-		for id, job := range s.jobs {
-			if old := before.jobs[id]; old != nil && job.State == musterpb.JobState_JOB_STATE_PAUSED {
-				fresh := job.CloneVT()
+		for id, job := range s.jobs.All() {
+			if old := before.jobs.Get(id); old != nil && job.State == musterpb.JobState_JOB_STATE_PAUSED {
+				fresh := copyJob(job)
 				fresh.State, fresh.Reason = old.State, old.Reason
-				e.jobs[id] = fresh
+				e.jobs.Set(id, fresh)
 			}
 		}
 	}

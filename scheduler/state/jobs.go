@@ -11,10 +11,11 @@ import (
 )
 
 func (s *State) submitJob(c *musterpb.SubmitJob) (string, error) {
-	if s.accounts[c.Account] == nil {
+	account := s.index.accounts[c.Account]
+	if account == nil {
 		return "", api.Errorf(api.NotFound, "account %q does not exist", c.Account)
 	}
-	if c.Job == "" || s.jobs[c.Job] != nil {
+	if c.Job == "" || s.jobs.Get(c.Job) != nil {
 		return "", api.Errorf(api.Conflict, "job ID %q is in use", c.Job)
 	}
 	if err := jobspec.Validate(c.Spec); err != nil {
@@ -32,21 +33,24 @@ func (s *State) submitJob(c *musterpb.SubmitJob) (string, error) {
 		return "", err
 	}
 	err = s.ledger.Move(ledger.Entry{
-		TimeUnixMS: s.now, Debit: ledger.Of(c.Account), Credit: ledger.OfJob(c.Job), Amount: budget, Ref: c.Job, Memo: "budget of " + c.Spec.Name,
+		TimeUnixMS: s.now, Debit: account.money, Credit: ledger.OfJob(c.Job), Amount: budget, Ref: c.Job, Memo: "budget of " + c.Spec.Name,
 	})
 	if err != nil {
 		return "", api.Errorf(api.Exhausted, "budget of %s: %w; deposit money or lower price.budget", budget, err)
 	}
+	s.finishSweep(c.Job)
 	s.jobSequence++
-	s.setJob(&musterpb.Job{
+	job := &musterpb.Job{
 		Id: c.Job, Account: c.Account, Spec: c.Spec, State: musterpb.JobState_JOB_STATE_QUEUED, SubmittedUnixMs: s.now,
 		PermutationKey: c.PermutationKey, Sequence: s.jobSequence, Items: items, Tasks: jobspec.Tasks(items, c.Spec.Chunk),
-	})
+	}
+	s.jobs.Set(job.Id, job)
+	s.indexJob(job)
 	return c.Job, nil
 }
 
 func (s *State) cancelJob(c *musterpb.CancelJob) (string, error) {
-	job := s.jobs[c.Job]
+	job := s.jobs.Get(c.Job)
 	switch {
 	case job == nil:
 		return "", api.Errorf(api.NotFound, "job %q is not known", c.Job)
@@ -55,12 +59,12 @@ func (s *State) cancelJob(c *musterpb.CancelJob) (string, error) {
 	case Ended(job.State):
 		return "", api.Errorf(api.Conflict, "job %s is %s already", c.Job, StateName(job.State))
 	}
-	s.endJob(copyJob(job), musterpb.JobState_JOB_STATE_CANCELLED, c.Reason)
+	s.endJob(c.Job, musterpb.JobState_JOB_STATE_CANCELLED, c.Reason)
 	return c.Job, nil
 }
 
 func (s *State) fundJob(c *musterpb.FundJob) (string, error) {
-	job := s.jobs[c.Job]
+	job := s.jobs.Get(c.Job)
 	switch {
 	case job == nil:
 		return "", api.Errorf(api.NotFound, "job %q is not known", c.Job)
@@ -74,27 +78,32 @@ func (s *State) fundJob(c *musterpb.FundJob) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	fresh := copyJob(job)
-	fresh.Spec = job.Spec.CloneVT()
-	fresh.Spec.BudgetMicroUsd += c.AmountMicroUsd
-	s.resume(fresh)
-	s.setJob(fresh)
+	job = s.editJob(c.Job)
+	job.Spec = job.Spec.CloneVT()
+	job.Spec.BudgetMicroUsd += c.AmountMicroUsd
+	resume(job)
 	return c.Job, nil
 }
 
 // endJob stops a job for good: nothing new is placed, what runs is cancelled,
 // and what was committed is still judged and paid before the rest of the
-// budget goes back. It takes a copy of the job that it may change.
-func (s *State) endJob(job *musterpb.Job, state musterpb.JobState, reason string) {
+// budget goes back.
+func (s *State) endJob(id string, state musterpb.JobState, reason string) {
+	job := s.editJob(id)
 	job.State, job.Reason, job.EndedUnixMs = state, reason, s.now
-	s.setJob(job)
-	for _, id := range slices.Clone(s.byJob[job.Id]) {
-		if a := s.attempts[id]; a.Check == "" && running(a.State) {
-			s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, ended(state))
-			s.requeue(s.task(a.Job, a.Task))
+	for n := range job.NextTask {
+		task := s.tasks.Get(taskKey{id, n})
+		if task.State != musterpb.TaskState_TASK_STATE_RUNNING {
+			continue
 		}
+		for _, attempt := range task.Attempts {
+			if a := s.attempts.Get(attempt); running(a.State) {
+				s.closeAttempt(a, musterpb.AttemptState_ATTEMPT_STATE_CANCELLED, ended(state))
+			}
+		}
+		s.requeue(copyTask(task))
 	}
-	s.settleJob(job.Id)
+	s.settleJob(id)
 }
 
 // ended says in words how a job ended.
@@ -108,96 +117,87 @@ func ended(state musterpb.JobState) string {
 // settleJob ends a job whose last attempt and check are over, and returns what
 // is left of its budget.
 func (s *State) settleJob(id string) {
-	job := s.jobs[id]
+	job := s.jobs.Get(id)
 	if job.Settled || job.LiveAttempts > 0 || job.OpenChecks > 0 {
 		return
 	}
 	if !Ended(job.State) && job.TasksVerified < job.Tasks {
 		return
 	}
-	job = copyJob(job)
+	job = s.editJob(id)
 	if !Ended(job.State) {
 		job.State, job.Reason, job.EndedUnixMs = musterpb.JobState_JOB_STATE_VERIFIED, "", s.now
 	}
 	job.Settled = true
-	s.setJob(job)
-	if rest := s.ledger.Account(ledger.OfJob(id)).Available(); rest > 0 {
+	x := s.index.jobs[id]
+	if rest := s.ledger.Account(x.money).Available(); rest > 0 {
 		// Nothing is held of the job's account any more, so this can't be refused.
 		must(s.ledger.Move(ledger.Entry{
-			TimeUnixMS: s.now, Debit: ledger.OfJob(id), Credit: ledger.Of(job.Account), Amount: rest, Ref: id, Memo: "unused budget",
+			TimeUnixMS: s.now, Debit: x.money, Credit: x.account.money, Amount: rest, Ref: id, Memo: "unused budget",
 		}))
 	}
+	job.SettledTransfer = s.ledger.Last()
+	delete(s.index.jobs, id)
+	s.index.settled = append(s.index.settled, id)
 }
 
-// setJob stores a job and keeps the index of live ones.
-func (s *State) setJob(job *musterpb.Job) {
-	s.jobs[job.Id] = job
-	if job.Settled {
-		delete(s.liveJobs, job.Id)
-	} else {
-		s.liveJobs[job.Id] = struct{}{}
+// editJob is a stored job that may be changed until the next entry. Who got it
+// before may find it changed, or not.
+func (s *State) editJob(id string) *musterpb.Job {
+	job, x := s.jobs.Get(id), s.index.jobs[id]
+	if x.made != s.entry {
+		job = copyJob(job)
+		s.jobs.Set(id, job)
+		x.made = s.entry
+		s.tellJob(id, x)
 	}
-}
-
-// copyJob is a copy of a job that may be changed, except for its specification
-// and its key: those can have megabytes, and every step of an attempt changes
-// the job's counters.
-func copyJob(j *musterpb.Job) *musterpb.Job {
-	return &musterpb.Job{
-		Id: j.Id, Account: j.Account, Spec: j.Spec, State: j.State, Reason: j.Reason,
-		SubmittedUnixMs: j.SubmittedUnixMs, EndedUnixMs: j.EndedUnixMs, PermutationKey: j.PermutationKey, Sequence: j.Sequence,
-		Items: j.Items, Tasks: j.Tasks, NextTask: j.NextTask, Requeued: slices.Clone(j.Requeued), TasksVerified: j.TasksVerified,
-		ItemsCommitted: j.ItemsCommitted, ItemsVerified: j.ItemsVerified, Attempts: j.Attempts, Checks: j.Checks,
-		CheckedItems: j.CheckedItems, Caught: j.Caught, SpentMicroUsd: j.SpentMicroUsd, LiveAttempts: j.LiveAttempts,
-		OpenChecks: j.OpenChecks, Settled: j.Settled,
-	}
-}
-
-func (s *State) changeJob(id string, change func(*musterpb.Job)) {
-	job := copyJob(s.jobs[id])
-	change(job)
-	s.setJob(job)
+	return job
 }
 
 // resume lets a paused job try again after money came free.
-func (s *State) resume(job *musterpb.Job) {
+func resume(job *musterpb.Job) {
 	if job.State == musterpb.JobState_JOB_STATE_PAUSED {
 		job.State, job.Reason = musterpb.JobState_JOB_STATE_RUNNING, ""
 	}
 }
 
-// task is a copy of a task that may be changed and stored; one that was never
-// placed is made here.
+// task is a copy of a task that may be changed and stored.
 func (s *State) task(job string, number uint32) *musterpb.Task {
-	if t := s.tasks[taskKey{job, number}]; t != nil {
-		return t.CloneVT()
-	}
-	return &musterpb.Task{Job: job, Number: number, State: musterpb.TaskState_TASK_STATE_QUEUED}
+	return copyTask(s.tasks.Get(taskKey{job, number}))
 }
 
-func (s *State) setTask(t *musterpb.Task) { s.tasks[taskKey{t.Job, t.Number}] = t }
+func (s *State) setTask(t *musterpb.Task) { s.tasks.Set(taskKey{t.Job, t.Number}, t) }
 
 // requeue makes a task wait for another attempt. That of a job that has ended
 // waits for ever, and is not listed.
 func (s *State) requeue(t *musterpb.Task) {
+	waits := t.State == musterpb.TaskState_TASK_STATE_QUEUED
 	t.State, t.Result = musterpb.TaskState_TASK_STATE_QUEUED, ""
 	s.setTask(t)
-	if Ended(s.jobs[t.Job].State) {
-		return
+	if !waits && !Ended(s.jobs.Get(t.Job).State) {
+		job := s.editJob(t.Job)
+		job.Requeued = append(job.Requeued, t.Number)
 	}
-	s.changeJob(t.Job, func(job *musterpb.Job) {
-		if !slices.Contains(job.Requeued, t.Number) {
-			job.Requeued = append(job.Requeued, t.Number)
-		}
-	})
 }
 
-// ItemsOf are the indexes of the items that an attempt works on, ascending.
+// unqueue takes a task out of those that wait again, at its place there.
+func unqueue(job *musterpb.Job, at int) {
+	if at == 0 {
+		job.Requeued = job.Requeued[1:]
+		return
+	}
+	job.Requeued = slices.Concat(job.Requeued[:at], job.Requeued[at+1:])
+}
+
+// itemsOf are the indexes of the items that an attempt works on, ascending.
 func (s *State) itemsOf(a *musterpb.Attempt) []uint64 {
 	if len(a.Items) > 0 {
 		return a.Items
 	}
-	job := s.jobs[a.Job]
+	job := s.jobs.Get(a.Job)
+	if x := s.index.jobs[a.Job]; x != nil && x.order != nil {
+		return x.order.TaskItems(job.Spec.Chunk, a.Task)
+	}
 	return jobspec.TaskItems(job.Spec, job.PermutationKey, a.Task)
 }
 

@@ -50,15 +50,24 @@ func pick(t *rapid.T, ids []string, what string) string {
 }
 
 func (m *machine) attemptIDs(states ...musterpb.AttemptState) (ids []string) {
-	for _, id := range sortedKeys(m.data.attempts) {
-		if len(states) == 0 || slices.Contains(states, m.data.attempts[id].State) {
+	for _, id := range attemptIDs(m.State) {
+		if len(states) == 0 || slices.Contains(states, m.data.attempts.Get(id).State) {
 			ids = append(ids, id)
 		}
 	}
 	return ids
 }
 
-func (m *machine) anyWorker(t *rapid.T) string { return pick(t, sortedKeys(m.data.workers), "worker") }
+func (m *machine) openChecks() (ids []string) {
+	for _, id := range keysOf(m.data.checks) {
+		if c := m.check(id); c != nil && open(c) {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+func (m *machine) anyWorker(t *rapid.T) string { return pick(t, keysOf(m.data.workers), "worker") }
 
 func (m *machine) newAttempt() string {
 	m.attempts++
@@ -74,16 +83,23 @@ const (
 
 // placeQueued places something that waits, somewhere.
 func (m *machine) placeQueued(t *rapid.T) {
-	work := m.Queued(3)
+	work := m.Queued()
 	if len(work) == 0 {
 		return
 	}
 	w := rapid.SampledFrom(work).Draw(t, "work")
 	args := []string{"place", m.newAttempt(), "worker=" + m.anyWorker(t)}
-	if len(w.Checks) > 0 && (len(w.Tasks) == 0 || rapid.Bool().Draw(t, "a check")) {
+	if len(w.Checks) > 0 && (len(w.Requeued) == 0 && w.Next == w.End || rapid.Bool().Draw(t, "a check")) {
 		args = append(args, "check="+rapid.SampledFrom(w.Checks).Draw(t, "check").Check.Id)
 	} else {
-		args = append(args, "job="+w.Job.Id, fmt.Sprintf("task=%d", rapid.SampledFrom(w.Tasks).Draw(t, "task").Number))
+		waiting := []uint32{}
+		for _, task := range w.Requeued {
+			waiting = append(waiting, task.Number)
+		}
+		for n := w.Next; n < min(w.End, w.Next+3); n++ {
+			waiting = append(waiting, n)
+		}
+		args = append(args, "job="+w.Job.Id, fmt.Sprintf("task=%d", rapid.SampledFrom(waiting).Draw(t, "task")))
 	}
 	if w.Job.Spec.Resources.Gpus > 0 {
 		args = append(args, fmt.Sprintf("devices=gpu-%d", rapid.IntRange(0, 1).Draw(t, "gpu")))
@@ -97,7 +113,7 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 	}
 	return map[string]func(*rapid.T){
 		"submit": func(t *rapid.T) {
-			if len(m.liveJobs) >= 4 {
+			if len(m.index.jobs) >= 4 {
 				return
 			}
 			m.jobs++
@@ -112,9 +128,9 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 		"place2": m.placeQueued,
 		"place3": m.placeQueued,
 		"place at random": func(t *rapid.T) {
-			m.do(t, "place", pick(t, append(m.attemptIDs(), m.newAttempt()), "attempt"), "job="+pick(t, sortedKeys(m.data.jobs), "job"),
+			m.do(t, "place", pick(t, append(m.attemptIDs(), m.newAttempt()), "attempt"), "job="+pick(t, keysOf(m.data.jobs), "job"),
 				fmt.Sprintf("task=%d", rapid.IntRange(0, 5).Draw(t, "task")), "worker="+m.anyWorker(t),
-				"check="+rapid.SampledFrom(append(sortedKeys(m.data.checks), "", "", "nope")).Draw(t, "check"))
+				"check="+rapid.SampledFrom(append(keysOf(m.data.checks), "", "", "nope")).Draw(t, "check"))
 		},
 		"start": func(t *rapid.T) { m.do(t, "start", pick(t, m.attemptIDs(placed), "attempt")) },
 		"commit": func(t *rapid.T) {
@@ -155,16 +171,16 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 		"examine2": m.examine,
 		"give up": func(t *rapid.T) {
 			if chance(t, 20, "give up") {
-				m.do(t, "give-up", pick(t, sortedKeys(m.openChecks), "check"))
+				m.do(t, "give-up", pick(t, m.openChecks(), "check"))
 			}
 		},
 		"cancel": func(t *rapid.T) {
 			if chance(t, 20, "cancel") {
-				m.do(t, "cancel", pick(t, sortedKeys(m.data.jobs), "job"))
+				m.do(t, "cancel", pick(t, keysOf(m.data.jobs), "job"))
 			}
 		},
 		"fund": func(t *rapid.T) {
-			m.do(t, "fund", pick(t, sortedKeys(m.data.jobs), "job"), rapid.SampledFrom([]string{"-1", "0", "0.10", "1", "500"}).Draw(t, "amount"))
+			m.do(t, "fund", pick(t, keysOf(m.data.jobs), "job"), rapid.SampledFrom([]string{"-1", "0", "0.10", "1", "500"}).Draw(t, "amount"))
 		},
 		"drain": func(t *rapid.T) {
 			m.do(t, "drain", m.anyWorker(t), rapid.SampledFrom([]string{"on", "off", "off"}).Draw(t, "how"))
@@ -190,15 +206,15 @@ func (m *machine) truth(t *rapid.T, attempt string) int {
 // that may take them, and the comparison.
 func (m *machine) examine(t *rapid.T) {
 	var wanted []WantedRun
-	for _, w := range m.Queued(0) {
+	for _, w := range m.Queued() {
 		wanted = append(wanted, w.Checks...)
 	}
 	if len(wanted) == 0 {
 		return
 	}
 	run := rapid.SampledFrom(wanted).Draw(t, "check")
-	for _, worker := range rapid.Permutation(sortedKeys(m.data.workers)).Draw(t, "workers") {
-		if m.runsWanted(m.data.checks[run.Check.Id]) <= 0 {
+	for _, worker := range rapid.Permutation(keysOf(m.data.workers)).Draw(t, "workers") {
+		if x := m.index.jobs[run.Check.Job]; x == nil || x.wanted.get(run.Check.Id) == 0 {
 			break
 		}
 		id := m.newAttempt()
@@ -232,12 +248,12 @@ func (m *machine) compareSome(t *rapid.T, c Comparable) {
 // settle drives everything to its end, as the leader's loops would after a
 // cancellation of all jobs.
 func (m *machine) settle(t *rapid.T) {
-	for _, id := range sortedKeys(m.liveJobs) {
+	for _, id := range sortedKeys(m.index.jobs) {
 		m.do(t, "cancel", id)
 	}
-	for round := 0; len(m.liveJobs) > 0; round++ {
+	for round := 0; len(m.index.jobs) > 0; round++ {
 		if round > 100 {
-			t.Fatalf("these jobs never settle: %v", sortedKeys(m.liveJobs))
+			t.Fatalf("these jobs never settle: %v", sortedKeys(m.index.jobs))
 		}
 		for _, a := range m.LiveAttempts() {
 			m.do(t, "lost", a.Id)
@@ -249,7 +265,7 @@ func (m *machine) settle(t *rapid.T) {
 		for _, c := range m.ToCompare() {
 			m.compareSome(t, c)
 		}
-		for _, w := range m.Queued(0) {
+		for _, w := range m.Queued() {
 			for _, c := range w.Checks {
 				m.do(t, "give-up", c.Check.Id)
 			}
@@ -269,8 +285,8 @@ func TestRandomLives(t *testing.T) {
 				t.Fatalf("all jobs are settled and %s has %+v", name, a)
 			}
 		}
-		if len(m.due) != 0 || len(m.openChecks) != 0 || len(m.liveByWorker) != 0 {
-			t.Fatalf("all jobs are settled and these indexes are not empty: %v %v %v", m.due, m.openChecks, m.liveByWorker)
+		if ids := m.openChecks(); len(ids) != 0 || m.CountLive() != 0 || len(m.index.undecided) != 0 {
+			t.Fatalf("all jobs are settled and there are checks without a verdict: %v, %d live attempts, undecided results: %v", ids, m.CountLive(), m.index.undecided)
 		}
 	})
 }
@@ -283,7 +299,7 @@ func TestPausedJobsGoOn(t *testing.T) {
 		t.Repeat(m.actions())
 		m.must("deposit", "acme", "100000")
 		m.must("deposit", "zeta", "100000")
-		for _, id := range sortedKeys(m.liveJobs) {
+		for _, id := range sortedKeys(m.index.jobs) {
 			if !Ended(m.Job(id).State) {
 				m.must("fund", id, "1000")
 				if m.Job(id).State == musterpb.JobState_JOB_STATE_PAUSED {
@@ -291,7 +307,7 @@ func TestPausedJobsGoOn(t *testing.T) {
 				}
 			}
 		}
-		for _, w := range m.Queued(1) {
+		for _, w := range m.Queued() {
 			for _, c := range w.Checks {
 				if c.Unpaid != "" && !Ended(w.Job.State) {
 					t.Fatalf("job %s was funded and %s", w.Job.Id, c.Unpaid)

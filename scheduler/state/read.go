@@ -2,13 +2,11 @@ package state
 
 import (
 	"cmp"
-	"fmt"
 	"slices"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/ledger"
-	"github.com/musternet/muster/verify"
 )
 
 // What readers get are the stored values themselves: they are never changed,
@@ -18,6 +16,7 @@ import (
 func (s *State) Changed() <-chan struct{} {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
+	s.watched.Store(true)
 	return s.changed
 }
 
@@ -39,14 +38,14 @@ func (s *State) Cluster() string {
 func (s *State) Key(hash []byte) *musterpb.Key {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.keys[string(hash)]
+	return s.keys.Get(string(hash))
 }
 
 // HasAccount reports whether an account exists.
 func (s *State) HasAccount(id string) bool {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.accounts[id] != nil
+	return s.accounts.Get(id) != nil
 }
 
 // Node is a scheduler, nil for an unknown one.
@@ -60,21 +59,27 @@ func (s *State) Node(id string) *musterpb.Node {
 func (s *State) Nodes() []*musterpb.Node {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return sorted(s.nodes)
+	list := make([]*musterpb.Node, 0, len(s.nodes))
+	for _, id := range sortedKeys(s.nodes) {
+		list = append(list, s.nodes[id])
+	}
+	return list
 }
 
 // Worker is a worker, nil for an unknown one.
 func (s *State) Worker(id string) *musterpb.Worker {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.workers[id]
+	return s.workers.Get(id)
 }
 
 // Workers are all workers, by ID.
 func (s *State) Workers() []*musterpb.Worker {
 	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return sorted(s.workers)
+	list := slices.Collect(s.workers.Values())
+	s.mu.RUnlock()
+	slices.SortFunc(list, func(a, b *musterpb.Worker) int { return cmp.Compare(a.Id, b.Id) })
+	return list
 }
 
 // Records are the track records of an owner.
@@ -82,7 +87,7 @@ func (s *State) Records(owner string) []*musterpb.Record {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	var list []*musterpb.Record
-	for key, r := range s.records {
+	for key, r := range s.records.All() {
 		if key.owner == owner {
 			list = append(list, r)
 		}
@@ -97,19 +102,19 @@ func (s *State) Records(owner string) []*musterpb.Record {
 func (s *State) Job(id string) *musterpb.Job {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.jobs[id]
+	return s.jobs.Get(id)
 }
 
 // Jobs are the jobs of an account, or all with an empty name, newest first.
 func (s *State) Jobs(account string, limit int) []*musterpb.Job {
 	s.mu.RLock()
-	defer s.mu.RUnlock()
 	var list []*musterpb.Job
-	for _, job := range s.jobs {
+	for job := range s.jobs.Values() {
 		if account == "" || job.Account == account {
 			list = append(list, job)
 		}
 	}
+	s.mu.RUnlock()
 	slices.SortFunc(list, func(a, b *musterpb.Job) int { return cmp.Compare(b.Sequence, a.Sequence) })
 	return list[:min(limit, len(list))]
 }
@@ -118,24 +123,32 @@ func (s *State) Jobs(account string, limit int) []*musterpb.Job {
 func (s *State) Task(job string, number uint32) *musterpb.Task {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.tasks[taskKey{job, number}]
+	if s.isDropped(job) {
+		return nil
+	}
+	return s.tasks.Get(taskKey{job, number})
 }
 
 // Attempt is an attempt, nil for an unknown one.
 func (s *State) Attempt(id string) *musterpb.Attempt {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.attempts[id]
+	return s.attempt(id)
 }
 
 // Attempts are the attempts of a job, in the order that they were placed in.
 func (s *State) Attempts(job string) []*musterpb.Attempt {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	list := make([]*musterpb.Attempt, 0, len(s.byJob[job]))
-	for _, id := range s.byJob[job] {
-		list = append(list, s.attempts[id])
+	var list []*musterpb.Attempt
+	if j := s.jobs.Get(job); j != nil {
+		for n := range j.NextTask {
+			list, _ = s.appendOf(list, nil, s.tasks.Get(taskKey{job, n}))
+		}
 	}
+	slices.SortStableFunc(list, func(a, b *musterpb.Attempt) int {
+		return cmp.Or(cmp.Compare(a.PlacedUnixMs, b.PlacedUnixMs), cmp.Compare(a.Hold, b.Hold))
+	})
 	return list
 }
 
@@ -144,20 +157,43 @@ func (s *State) Checks(job string) []*musterpb.Check {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	var list []*musterpb.Check
-	for _, id := range s.byJob[job] {
-		if c := s.checks[checkID(id)]; c != nil {
-			list = append(list, c)
+	if j := s.jobs.Get(job); j != nil {
+		for n := range j.NextTask {
+			_, list = s.appendOf(nil, list, s.tasks.Get(taskKey{job, n}))
 		}
 	}
 	slices.SortStableFunc(list, func(a, b *musterpb.Check) int { return cmp.Compare(a.OpenedUnixMs, b.OpenedUnixMs) })
 	return list
 }
 
+// appendOf appends the attempts and the checks of a task.
+func (s *State) appendOf(attempts []*musterpb.Attempt, checks []*musterpb.Check, task *musterpb.Task) ([]*musterpb.Attempt, []*musterpb.Check) {
+	for _, id := range task.Attempts {
+		a := s.attempts.Get(id)
+		if a == nil {
+			continue // the job is sealed, and about to go
+		}
+		attempts = append(attempts, a)
+		if a.Batch == 0 {
+			continue // not drawn yet
+		}
+		if c := s.checks.Get(checkID(id)); c != nil {
+			checks = append(checks, c)
+			for _, run := range c.Runs {
+				if a := s.attempts.Get(run); a != nil {
+					attempts = append(attempts, a)
+				}
+			}
+		}
+	}
+	return attempts, checks
+}
+
 // Check is a check, nil for an unknown one.
 func (s *State) Check(id string) *musterpb.Check {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.checks[id]
+	return s.check(id)
 }
 
 // ItemsOf are the indexes of the items that an attempt works on, ascending.
@@ -167,18 +203,63 @@ func (s *State) ItemsOf(a *musterpb.Attempt) []uint64 {
 	return s.itemsOf(a)
 }
 
-// LiveAttempts are all attempts that a worker may be running.
+// LiveAttempts are all attempts that a worker may be running, by ID.
 func (s *State) LiveAttempts() []*musterpb.Attempt {
 	s.mu.RLock()
-	defer s.mu.RUnlock()
-	var list []*musterpb.Attempt
-	for _, live := range s.liveByWorker {
-		for id := range live {
-			list = append(list, s.attempts[id])
+	list := make([]*musterpb.Attempt, 0, s.index.running)
+	for _, w := range s.index.workers {
+		for id := range w.running {
+			list = append(list, s.attempts.Get(id))
 		}
 	}
+	s.mu.RUnlock()
 	slices.SortFunc(list, func(a, b *musterpb.Attempt) int { return cmp.Compare(a.Id, b.Id) })
 	return list
+}
+
+// CountLive counts the attempts that a worker may be running.
+func (s *State) CountLive() int {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.index.running
+}
+
+// LiveAttemptsOf are those of one worker, in no order.
+func (s *State) LiveAttemptsOf(worker string) []*musterpb.Attempt {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	x := s.index.workers[worker]
+	if x == nil {
+		return nil
+	}
+	list := make([]*musterpb.Attempt, 0, len(x.running))
+	for id := range x.running {
+		list = append(list, s.attempts.Get(id))
+	}
+	return list
+}
+
+// UseOf is what the live attempts of a worker use.
+func (s *State) UseOf(worker string) Use {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	x := s.index.workers[worker]
+	if x == nil {
+		return Use{}
+	}
+	use := x.use
+	use.Devices = slices.Clone(use.Devices)
+	return use
+}
+
+// UsageOf is how many units (see Units) an account has running.
+func (s *State) UsageOf(account string) int64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if x := s.index.accounts[account]; x != nil {
+		return x.units
+	}
+	return 0
 }
 
 // Committed counts the commits that wait for a batch, and says whether one
@@ -186,7 +267,7 @@ func (s *State) LiveAttempts() []*musterpb.Attempt {
 func (s *State) Committed() (waiting int, free bool, epoch uint64, digest []byte) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	last := s.batches[s.epoch]
+	last := s.batches.Get(s.epoch)
 	free = last == nil || last.Drawn
 	if len(s.openBatch) > 0 {
 		digest = s.batchDigest(s.epoch+1, s.openBatch)
@@ -198,7 +279,7 @@ func (s *State) Committed() (waiting int, free bool, epoch uint64, digest []byte
 func (s *State) Drawing() *musterpb.Batch {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	if b := s.batches[s.epoch]; b != nil && !b.Drawn {
+	if b := s.batches.Get(s.epoch); b != nil && !b.Drawn {
 		return b
 	}
 	return nil
@@ -211,112 +292,13 @@ func (s *State) Epoch() uint64 {
 	return s.epoch
 }
 
-// Batches are the batches after an epoch, up to a limit.
+// Batches are the batches after an epoch that are not sealed, up to a limit.
 func (s *State) Batches(after uint64, limit int) []*musterpb.Batch {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	var list []*musterpb.Batch
-	for e := after + 1; e <= s.epoch && len(list) < limit; e++ {
-		list = append(list, s.batches[e])
-	}
-	return list
-}
-
-// Work is what could be placed now.
-type Work struct {
-	Job *musterpb.Job
-	// Tasks that wait, in order, at most as many as were asked for.
-	Tasks []*musterpb.Task
-	// Checks that want a further run.
-	Checks []WantedRun
-}
-
-// WantedRun is a check that wants another owner's run.
-type WantedRun struct {
-	Check *musterpb.Check
-	Class string
-	// Parties are the attempts that have a part in the check: the target, and
-	// the runs that delivered or still may.
-	Parties []*musterpb.Attempt
-	// Tried are the owners whose run ended without a result. They are asked
-	// again when nobody else can run it.
-	Tried []string
-	Runs  int
-	// Unpaid says that nobody can pay for a run now, and why: proposing one
-	// would be refused, again and again.
-	Unpaid string
-}
-
-// Queued lists the live jobs with work to place, in order of submission, with
-// at most perJob tasks each.
-func (s *State) Queued(perJob int) []Work {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	wanted := map[string][]WantedRun{}
-	for _, id := range sortedKeys(s.openChecks) {
-		check := s.checks[id]
-		if n := s.runsWanted(check); n > 0 {
-			wanted[check.Job] = append(wanted[check.Job], s.wantedRun(check, n))
-		}
-	}
-	var list []Work
-	for id := range s.liveJobs {
-		job := s.jobs[id]
-		w := Work{Job: job, Checks: wanted[id]}
-		if !Ended(job.State) && job.State != musterpb.JobState_JOB_STATE_PAUSED {
-			for _, n := range job.Requeued {
-				if len(w.Tasks) < perJob {
-					w.Tasks = append(w.Tasks, s.tasks[taskKey{id, n}])
-				}
-			}
-			for n := job.NextTask; n < job.Tasks && len(w.Tasks) < perJob; n++ {
-				w.Tasks = append(w.Tasks, &musterpb.Task{Job: id, Number: n, State: musterpb.TaskState_TASK_STATE_QUEUED})
-			}
-		}
-		if len(w.Tasks) > 0 || len(w.Checks) > 0 {
-			list = append(list, w)
-		}
-	}
-	slices.SortFunc(list, func(a, b Work) int { return cmp.Compare(a.Job.Sequence, b.Job.Sequence) })
-	return list
-}
-
-func (s *State) wantedRun(check *musterpb.Check, n int) WantedRun {
-	target, job := s.attempts[check.Target], s.jobs[check.Job]
-	w := WantedRun{Check: check, Class: target.Class, Parties: []*musterpb.Attempt{target}, Runs: n}
-	for _, id := range check.Runs {
-		if run := s.attempts[id]; live(run.State) {
-			w.Parties = append(w.Parties, run)
-		} else if !slices.Contains(w.Tried, run.Owner) {
-			w.Tried = append(w.Tried, run.Owner)
-		}
-	}
-	// A job that runs is allowed one refusal, which pauses it and says why.
-	if job.State == musterpb.JobState_JOB_STATE_PAUSED || Ended(job.State) {
-		if limit := attemptLimit(job.Spec); s.payerOf(check, limit) == "" {
-			w.Unpaid = fmt.Sprintf("the budget does not cover another run of up to %s", limit)
-		}
-	}
-	return w
-}
-
-// Comparable is a check with results that were not compared yet.
-type Comparable struct {
-	Check *musterpb.Check
-	Pairs [][2]string
-}
-
-// ToCompare lists the checks that wait for a comparison.
-func (s *State) ToCompare() []Comparable {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	var list []Comparable
-	for _, id := range sortedKeys(s.openChecks) {
-		check := s.checks[id]
-		committed, _ := s.runsOf(check)
-		if pairs := verify.MissingPairs(check.Target, committed, check.Comparisons); len(pairs) > 0 {
-			list = append(list, Comparable{check, pairs})
-		}
+	for e := max(after, s.sealedEpoch) + 1; e <= s.epoch && len(list) < limit; e++ {
+		list = append(list, s.batches.Get(e))
 	}
 	return list
 }
@@ -325,7 +307,7 @@ func (s *State) ToCompare() []Comparable {
 func (s *State) LiveJobs() int {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return len(s.liveJobs)
+	return len(s.index.jobs)
 }
 
 // Balance explains the money of an account.
@@ -333,38 +315,19 @@ func (s *State) Balance(account string) *musterpb.Balance {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	own := s.ledger.Account(ledger.Of(account))
-	b := &musterpb.Balance{
+	// What came in and is neither there nor spent is in the jobs' own accounts.
+	return &musterpb.Balance{
 		Account: account, BalanceMicroUsd: int64(own.Balance), HeldMicroUsd: int64(own.Held), PendingMicroUsd: int64(own.Expected),
+		DepositedMicroUsd: int64(own.Deposited), EarnedMicroUsd: int64(own.Earned), SpentMicroUsd: int64(own.Spent),
+		InJobsMicroUsd: int64(own.Deposited + own.Earned - own.Balance - own.Spent),
 	}
-	for id := range s.liveJobs {
-		if job := s.jobs[id]; job.Account == account {
-			b.InJobsMicroUsd += int64(s.ledger.Account(ledger.OfJob(id)).Balance)
-		}
-	}
-	for _, job := range s.jobs {
-		if job.Account == account {
-			b.SpentMicroUsd += job.SpentMicroUsd
-		}
-	}
-	transfers, _ := s.ledger.Transfers(ledger.Of(account), 0, 1<<62)
-	for _, t := range transfers {
-		moved := t.Kind == musterpb.TransferKind_TRANSFER_KIND_MOVE
-		switch {
-		case t.Credit != ledger.Of(account):
-		case moved && t.Debit == ledger.External:
-			b.DepositedMicroUsd += t.AmountMicroUsd
-		case t.Kind == musterpb.TransferKind_TRANSFER_KIND_POST || moved && t.Debit == ledger.Network:
-			b.EarnedMicroUsd += t.AmountMicroUsd
-		}
-	}
-	return b
 }
 
 // Accounts are the names of all accounts, sorted.
 func (s *State) Accounts() []string {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return sortedKeys(s.accounts)
+	return keysOf(s.accounts)
 }
 
 // LedgerAccount is the money of one ledger account, by its full name.
@@ -388,33 +351,51 @@ func (s *State) HoldOpen(transfer uint64) bool {
 	return s.ledger.Open(transfer)
 }
 
-// Transfers lists transfers after an ID, of one account's own ledger account
-// and its jobs' or, with an empty name, of all.
+// transfersPerLock bounds how many transfers are looked at before Apply has its
+// turn.
+const transfersPerLock = 4096
+
+// Transfers lists transfers after an ID that are not sealed, of one account's
+// own ledger account and its jobs' or, with an empty name, of all.
 func (s *State) Transfers(account string, after uint64, limit int) (list []*musterpb.Transfer, more bool) {
 	s.mu.RLock()
-	defer s.mu.RUnlock()
+	tail := s.ledger.Tail(after)
+	s.mu.RUnlock()
 	if account == "" {
-		return s.ledger.Transfers("", after, limit)
+		n := min(limit, len(tail))
+		return tail[:n:n], n < len(tail)
 	}
-	names := []string{ledger.Of(account)}
-	for _, job := range s.jobs {
-		if job.Account == account {
-			names = append(names, ledger.OfJob(job.Id))
-		}
+	for len(tail) > 0 && len(list) <= limit {
+		n := min(transfersPerLock, len(tail))
+		list = append(list, s.transfersOf(account, tail[:n], limit+1-len(list))...)
+		tail = tail[n:]
 	}
-	for _, name := range names {
-		page, m := s.ledger.Transfers(name, after, limit)
-		list, more = append(list, page...), more || m
-	}
-	slices.SortFunc(list, func(a, b *musterpb.Transfer) int { return cmp.Compare(a.Id, b.Id) })
-	list = slices.CompactFunc(list, func(a, b *musterpb.Transfer) bool { return a.Id == b.Id })
-	return list[:min(limit, len(list))], more || len(list) > limit
+	n := min(limit, len(list))
+	return list[:n:n], n < len(list)
 }
 
-func sorted[V any](m map[string]V) []V {
-	list := make([]V, 0, len(m))
-	for _, k := range sortedKeys(m) {
-		list = append(list, m[k])
+// transfersOf picks an account's transfers, up to a limit.
+func (s *State) transfersOf(account string, transfers []*musterpb.Transfer, limit int) (list []*musterpb.Transfer) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	own := ledger.Of(account)
+	belongs := func(name string) bool {
+		if job, ok := ledger.JobOf(name); ok {
+			return s.jobs.Get(job).GetAccount() == account
+		}
+		return name == own
+	}
+	for _, t := range transfers {
+		if len(list) < limit && (belongs(t.Debit) || belongs(t.Credit)) {
+			list = append(list, t)
+		}
 	}
 	return list
+}
+
+// Segments are where finished work was sealed, oldest first.
+func (s *State) Segments() []*musterpb.Segment {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return slices.Clip(s.segments)
 }

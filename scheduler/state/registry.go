@@ -39,15 +39,17 @@ func (s *State) createAccount(c *musterpb.CreateAccount) (string, error) {
 	if err := CheckAccountName(c.Account); err != nil {
 		return "", err
 	}
-	if s.accounts[c.Account] != nil {
+	if s.accounts.Get(c.Account) != nil {
 		return "", api.Errorf(api.Conflict, "account %q exists already", c.Account)
 	}
-	s.accounts[c.Account] = &musterpb.Account{Id: c.Account, CreatedUnixMs: s.now}
+	account := &musterpb.Account{Id: c.Account, CreatedUnixMs: s.now}
+	s.accounts.Set(c.Account, account)
+	s.indexAccount(account)
 	return c.Account, nil
 }
 
 func (s *State) createKey(c *musterpb.CreateKey) (string, error) {
-	if s.accounts[c.Account] == nil {
+	if s.accounts.Get(c.Account) == nil {
 		return "", api.Errorf(api.NotFound, "account %q does not exist", c.Account)
 	}
 	if len(c.Hash) != sha256.Size {
@@ -56,10 +58,10 @@ func (s *State) createKey(c *musterpb.CreateKey) (string, error) {
 	if c.Role == musterpb.Role_ROLE_UNSPECIFIED || musterpb.Role_name[int32(c.Role)] == "" {
 		return "", api.Errorf(api.Invalid, "role %d is not known", c.Role)
 	}
-	if s.keys[string(c.Hash)] != nil {
+	if s.keys.Get(string(c.Hash)) != nil {
 		return "", api.Errorf(api.Conflict, "that key exists already")
 	}
-	s.keys[string(c.Hash)] = &musterpb.Key{Hash: c.Hash, Account: c.Account, Role: c.Role, CreatedUnixMs: s.now}
+	s.keys.Set(string(c.Hash), &musterpb.Key{Hash: c.Hash, Account: c.Account, Role: c.Role, CreatedUnixMs: s.now})
 	return "", nil
 }
 
@@ -76,10 +78,11 @@ func (s *State) deposits(c *musterpb.Deposits) (string, error) {
 		return "", api.Errorf(api.Invalid, "%d deposits: want 1 to %d at a time", n, MaxDeposits)
 	}
 	var total api.MicroUSD
+	payments := make([]ledger.Payment, len(c.Deposits))
 	for i, d := range c.Deposits {
-		amount := api.MicroUSD(d.AmountMicroUsd)
+		x, amount := s.index.accounts[d.Account], api.MicroUSD(d.AmountMicroUsd)
 		switch {
-		case s.accounts[d.Account] == nil:
+		case x == nil:
 			return "", api.Errorf(api.NotFound, "deposit %d: account %q does not exist", i+1, d.Account)
 		case amount <= 0 || amount > maxDeposit:
 			return "", api.Errorf(api.Invalid, "deposit %d, %s for account %s: want more than zero and at most %s", i+1, amount, d.Account, maxDeposit)
@@ -87,16 +90,9 @@ func (s *State) deposits(c *musterpb.Deposits) (string, error) {
 		if total += amount; total > maxDeposit {
 			return "", api.Errorf(api.Invalid, "deposits of more than %s: enter at most that much at a time", maxDeposit)
 		}
+		payments[i] = ledger.Payment{Account: x.money, Amount: amount, Memo: d.Memo}
 	}
-	if err := s.ledger.HasRoomFor(total); err != nil {
-		return "", err
-	}
-	for _, d := range c.Deposits {
-		must(s.ledger.Move(ledger.Entry{
-			TimeUnixMS: s.now, Debit: ledger.External, Credit: ledger.Of(d.Account), Amount: api.MicroUSD(d.AmountMicroUsd), Memo: d.Memo, Ref: "deposit",
-		}))
-	}
-	return "", nil
+	return "", s.ledger.Deposit(s.now, "deposit", payments)
 }
 
 // registerNode makes a scheduler known, or changes its addresses. What it has
@@ -127,7 +123,7 @@ func (s *State) registerTip(c *musterpb.RegisterTip) (string, error) {
 	if len(c.Tip) != sha256.Size {
 		return "", api.Errorf(api.Invalid, "tip of %d bytes, want %d", len(c.Tip), sha256.Size)
 	}
-	if b := s.batches[s.epoch]; b != nil && !b.Drawn {
+	if b := s.batches.Get(s.epoch); b != nil && !b.Drawn {
 		// A new chain now would let the node choose its reveal after it saw the others.
 		return "", api.Errorf(api.Unavailable, "epoch %d is being drawn: register again after it", s.epoch)
 	}
@@ -147,7 +143,7 @@ func (s *State) registerWorker(c *musterpb.RegisterWorker) (string, error) {
 	if len(w.GetPublicKey()) != ed25519.PublicKeySize || string(api.WorkerIDOf(w.PublicKey)) != w.Id {
 		return "", api.Errorf(api.Invalid, "worker %q: the ID does not belong to the public key", w.GetId())
 	}
-	if s.accounts[w.Owner] == nil {
+	if s.accounts.Get(w.Owner) == nil {
 		return "", api.Errorf(api.NotFound, "worker %s: account %q does not exist", w.Id, w.Owner)
 	}
 	if w.PriceMicroUsdPerHour < 0 || api.MicroUSD(w.PriceMicroUsdPerHour) > 10_000*api.Dollars {
@@ -160,15 +156,16 @@ func (s *State) registerWorker(c *musterpb.RegisterWorker) (string, error) {
 		return "", api.Errorf(api.Invalid, "worker %s has CPU level %.20q: want one of %q", w.Id, level, cpuLevels)
 	}
 	fresh := &musterpb.Worker{JoinedUnixMs: s.now}
-	if old := s.workers[w.Id]; old != nil {
+	if old := s.workers.Get(w.Id); old != nil {
 		if old.Owner != w.Owner {
 			return "", api.Errorf(api.Denied, "worker %s belongs to account %q; give this machine a new identity to move it", w.Id, old.Owner)
 		}
-		fresh = old.CloneVT()
+		fresh = copyWorker(old)
 	}
 	fresh.Id, fresh.PublicKey, fresh.Owner, fresh.Name = w.Id, w.PublicKey, w.Owner, w.Name
 	fresh.Capacity, fresh.PriceMicroUsdPerHour, fresh.AllowNetwork = w.Capacity, w.PriceMicroUsdPerHour, w.AllowNetwork
-	s.workers[w.Id] = fresh
+	s.workers.Set(w.Id, fresh)
+	s.indexWorker(fresh)
 	return w.Id, nil
 }
 
@@ -201,47 +198,53 @@ func checkCapacity(w *musterpb.Worker) error {
 }
 
 func (s *State) drainWorker(c *musterpb.DrainWorker) (string, error) {
-	old := s.workers[c.Worker]
-	if old == nil {
+	if s.workers.Get(c.Worker) == nil {
 		return "", api.Errorf(api.NotFound, "worker %q is not known", c.Worker)
 	}
-	fresh := old.CloneVT()
-	fresh.Draining = c.Draining
-	s.workers[c.Worker] = fresh
+	s.editWorker(c.Worker).Draining = c.Draining
 	return c.Worker, nil
+}
+
+// editWorker is a stored worker that may be changed until the next entry.
+func (s *State) editWorker(id string) *musterpb.Worker {
+	w, x := s.workers.Get(id), s.index.workers[id]
+	if x.made != s.entry {
+		w = copyWorker(w)
+		s.workers.Set(id, w)
+		x.made = s.entry
+		s.tellWorker(id, x)
+	}
+	return w
 }
 
 // failedWorker counts a failure of a worker and makes it wait.
 func (s *State) failedWorker(id string, caught bool) {
-	fresh := s.workers[id].CloneVT()
-	fresh.Failed++
+	w := s.editWorker(id)
+	w.Failed++
 	if caught {
-		fresh.Caught++
+		w.Caught++
 	}
-	s.workers[id] = fresh
 	s.restWorker(id)
 }
 
 // restWorker makes a worker wait that could not finish an attempt: 2 s after
 // the first, doubling up to 5 minutes.
 func (s *State) restWorker(id string) {
-	fresh := s.workers[id].CloneVT()
-	fresh.FailuresInARow++
-	fresh.BackoffUntilUnixMs = s.now + min(int64(1000)<<min(fresh.FailuresInARow, 20), 300_000)
-	s.workers[id] = fresh
+	w := s.editWorker(id)
+	w.FailuresInARow++
+	w.BackoffUntilUnixMs = s.now + min(int64(1000)<<min(w.FailuresInARow, 20), 300_000)
 }
 
 func (s *State) finishedWorker(id string) {
-	fresh := s.workers[id].CloneVT()
-	fresh.Finished++
-	fresh.FailuresInARow, fresh.BackoffUntilUnixMs = 0, 0
-	s.workers[id] = fresh
+	w := s.editWorker(id)
+	w.Finished++
+	w.FailuresInARow, w.BackoffUntilUnixMs = 0, 0
 }
 
 func (s *State) changeRecord(owner, class, application string, passed bool) {
 	key := recordKey{owner, class, application}
 	fresh := &musterpb.Record{Owner: owner, Class: class, Application: application}
-	if old := s.records[key]; old != nil {
+	if old := s.records.Get(key); old != nil {
 		fresh = old.CloneVT()
 	}
 	if passed {
@@ -250,5 +253,5 @@ func (s *State) changeRecord(owner, class, application string, passed bool) {
 		fresh.Passed = 0
 		fresh.Offences++
 	}
-	s.records[key] = fresh
+	s.records.Set(key, fresh)
 }

@@ -2,6 +2,7 @@ package state
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
@@ -9,39 +10,29 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"maps"
 	"slices"
 	"strconv"
 
 	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/ledger"
+	"github.com/musternet/muster/scheduler/table"
 )
 
 // snapshotFormat is raised when an older node could not read a snapshot.
-const snapshotFormat = 1
+const snapshotFormat = 2
 
 // maxRecord bounds one record of a snapshot.
 const maxRecord = 64 << 20
 
-// Snapshot is the state at one moment. Taking it copies maps and no values, so
-// that Apply waits for milliseconds; writing it happens beside Apply.
-type Snapshot struct {
-	data
-	transfers []*musterpb.Transfer
-}
+// Snapshot is the state at one moment. Taking it copies no values, and takes
+// the same short time whatever is in there; writing it happens beside Apply.
+type Snapshot struct{ data }
 
 // Snapshot takes a snapshot.
 func (s *State) Snapshot() *Snapshot {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	d := s.data
-	d.openBatch, d.answerOrder = slices.Clone(d.openBatch), slices.Clone(d.answerOrder)
-	d.accounts, d.keys, d.nodes, d.workers = maps.Clone(d.accounts), maps.Clone(d.keys), maps.Clone(d.nodes), maps.Clone(d.workers)
-	d.jobs, d.tasks, d.attempts, d.checks = maps.Clone(d.jobs), maps.Clone(d.tasks), maps.Clone(d.attempts), maps.Clone(d.checks)
-	d.batches, d.records, d.answered = maps.Clone(d.batches), maps.Clone(d.records), maps.Clone(d.answered)
-	d.byJob = maps.Clone(d.byJob)
-	transfers, _ := s.ledger.Transfers("", 0, 1<<62)
-	d.ledger = nil // what counts of it is in transfers
-	return &Snapshot{data: d, transfers: transfers}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return &Snapshot{s.data.copy()}
 }
 
 // Write writes the snapshot: length-delimited records in one order only, so
@@ -69,46 +60,89 @@ func (s *Snapshot) Hash() []byte {
 func (s *Snapshot) records(out *recordWriter) {
 	out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Header{Header: &musterpb.SnapshotHeader{
 		Format: snapshotFormat, JobSequence: s.jobSequence, Epoch: s.epoch, OpenBatch: s.openBatch, Cluster: s.cluster, TimeUnixMs: s.now,
+		TransferSequence: s.ledger.Last(), SealedTransfer: s.ledger.Sealed(), SealedEpoch: s.sealedEpoch,
 	}}})
-	for _, k := range sortedKeys(s.accounts) {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Account{Account: s.accounts[k]}})
+	for _, k := range keysOf(s.accounts) {
+		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Account{Account: s.accounts.Get(k)}})
 	}
-	for _, k := range sortedKeys(s.keys) {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Key{Key: s.keys[k]}})
+	for _, k := range keysOf(s.keys) {
+		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Key{Key: s.keys.Get(k)}})
 	}
 	for _, k := range sortedKeys(s.nodes) {
 		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Node{Node: s.nodes[k]}})
 	}
-	for _, k := range sortedKeys(s.workers) {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Worker{Worker: s.workers[k]}})
+	for _, k := range keysOf(s.workers) {
+		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Worker{Worker: s.workers.Get(k)}})
 	}
-	for _, k := range sortedKeys(s.jobs) {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Job{Job: s.jobs[k]}})
+	s.work(out)
+	for _, k := range slices.Sorted(s.batches.Keys()) {
+		out.put(batchRecord(s.batches.Get(k)))
 	}
-	for _, k := range slices.SortedFunc(maps.Keys(s.tasks), compareTasks) {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Task{Task: s.tasks[k]}})
+	for _, k := range slices.SortedFunc(s.data.records.Keys(), compareRecords) {
+		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Track{Track: s.data.records.Get(k)}})
 	}
-	// Attempts in the order that they were placed in, job by job: byJob follows from it.
-	for _, job := range sortedKeys(s.byJob) {
-		for _, id := range s.byJob[job] {
-			out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Attempt{Attempt: s.attempts[id]}})
-		}
+	accounts, transfers := s.ledger.Records()
+	for a := range accounts {
+		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_LedgerAccount{LedgerAccount: a}})
 	}
-	for _, k := range sortedKeys(s.checks) {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Check{Check: s.checks[k]}})
+	for t := range transfers {
+		out.put(transferRecord(t))
 	}
-	for _, k := range slices.Sorted(maps.Keys(s.batches)) {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Batch{Batch: s.batches[k]}})
-	}
-	for _, k := range slices.SortedFunc(maps.Keys(s.data.records), compareRecords) {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Track{Track: s.data.records[k]}})
-	}
-	for _, t := range s.transfers {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Transfer{Transfer: t}})
+	for _, segment := range s.segments {
+		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Segment{Segment: segment}})
 	}
 	for _, id := range s.answerOrder {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Answered{Answered: &musterpb.Answered{Command: id, Answer: s.answered[id]}}})
+		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Answered{Answered: &musterpb.Answered{Command: id, Answer: s.answered.Get(id)}}})
 	}
+}
+
+// work is the records of jobs and what belongs to them, without what is left of
+// sealed jobs.
+func (s *Snapshot) work(out *recordWriter) {
+	for _, k := range keysOf(s.jobs) {
+		out.put(jobRecord(s.jobs.Get(k)))
+	}
+	for _, k := range slices.SortedFunc(s.tasks.Keys(), compareTasks) {
+		if !s.isDropped(k.job) {
+			out.put(taskRecord(s.tasks.Get(k)))
+		}
+	}
+	for _, k := range keysOf(s.attempts) {
+		if a := s.attempts.Get(k); !s.isDropped(a.Job) {
+			out.put(attemptRecord(a))
+		}
+	}
+	for _, k := range keysOf(s.checks) {
+		if c := s.checks.Get(k); !s.isDropped(c.Job) {
+			out.put(checkRecord(c))
+		}
+	}
+}
+
+// The records that sealing writes, too.
+
+func jobRecord(v *musterpb.Job) *musterpb.SnapshotRecord {
+	return &musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Job{Job: v}}
+}
+
+func taskRecord(v *musterpb.Task) *musterpb.SnapshotRecord {
+	return &musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Task{Task: v}}
+}
+
+func attemptRecord(v *musterpb.Attempt) *musterpb.SnapshotRecord {
+	return &musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Attempt{Attempt: v}}
+}
+
+func checkRecord(v *musterpb.Check) *musterpb.SnapshotRecord {
+	return &musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Check{Check: v}}
+}
+
+func transferRecord(v *musterpb.Transfer) *musterpb.SnapshotRecord {
+	return &musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Transfer{Transfer: v}}
+}
+
+func batchRecord(v *musterpb.Batch) *musterpb.SnapshotRecord {
+	return &musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Batch{Batch: v}}
 }
 
 func compareTasks(a, b taskKey) int {
@@ -128,82 +162,162 @@ func (s *State) Restore(r io.Reader) error {
 	if err != nil {
 		return fmt.Errorf("restoring a snapshot: %w", err)
 	}
-	fresh := &State{data: d}
+	fresh := &State{data: d, index: newIndex()}
 	fresh.derive()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.data = fresh.data
-	close(s.changed)
-	s.changed = make(chan struct{})
+	s.data, s.index, s.sweeps = fresh.data, fresh.index, nil
+	s.journal.forget()
+	s.wake()
 	return nil
 }
 
-// derive fills the indexes from the values.
+// derive fills the index from the values.
 func (s *State) derive() {
-	for _, job := range s.jobs {
-		s.setJob(job)
+	for a := range s.accounts.Values() {
+		s.indexAccount(a)
 	}
-	for _, a := range s.attempts {
-		s.indexLive(a)
-		if a.Check == "" {
-			s.countDue(a.Job, s.owed(a.Id))
+	for w := range s.workers.Values() {
+		s.indexWorker(w)
+	}
+	for job := range s.jobs.Values() {
+		if job.Settled {
+			s.index.settled = append(s.index.settled, job.Id)
+		} else {
+			s.indexJob(job)
 		}
 	}
-	for _, c := range s.checks {
-		s.indexOpen(c)
+	slices.SortFunc(s.index.settled, func(a, b string) int {
+		x, y := s.jobs.Get(a), s.jobs.Get(b)
+		return cmp.Or(cmp.Compare(x.SettledTransfer, y.SettledTransfer), cmp.Compare(x.Sequence, y.Sequence))
+	})
+	for a := range s.attempts.Values() {
+		if running(a.State) {
+			s.indexRunning(a, true)
+		}
+		if a.Check != "" || !live(a.State) {
+			continue
+		}
+		if a.Batch != 0 {
+			s.countUndecided(a.Batch, 1)
+		}
+		s.indexDue(a, true)
+	}
+	for c := range s.checks.Values() {
+		s.indexCheck(c)
 	}
 }
+
+func missing(what, id, of string) error { return fmt.Errorf("%s %q of %s is missing", what, id, of) }
 
 // checkReferences makes sure that what a value names is there: Apply looks
 // nothing up twice.
 func (d *data) checkReferences() error {
-	missing := func(what, id, of string) error { return fmt.Errorf("%s %q of %s is missing", what, id, of) }
-	for _, job := range d.jobs {
-		if job.Spec == nil || job.Spec.Image == nil || job.Spec.Items == nil || job.Spec.Resources == nil || job.Spec.Verify == nil {
-			return missing("specification", "", "job "+job.Id)
+	for k := range d.keys.Values() {
+		if d.accounts.Get(k.Account) == nil {
+			return missing("account", k.Account, "a key")
 		}
 	}
-	for k := range d.tasks {
-		if d.jobs[k.job] == nil {
+	for id, w := range d.workers.All() {
+		if d.accounts.Get(w.Owner) == nil {
+			return missing("account", w.Owner, "worker "+id)
+		}
+	}
+	for _, check := range []func() error{d.checkJobs, d.checkAttempts, d.checkChecks, d.checkBatches} {
+		if err := check(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *data) checkJobs() error {
+	for id, job := range d.jobs.All() {
+		if job.Spec == nil || job.Spec.Image == nil || job.Spec.Items == nil || job.Spec.Resources == nil || job.Spec.Verify == nil {
+			return missing("specification", "", "job "+id)
+		}
+		if d.accounts.Get(job.Account) == nil {
+			return missing("account", job.Account, "job "+id)
+		}
+		for _, n := range job.Requeued {
+			if t := d.tasks.Get(taskKey{id, n}); t == nil || (t.State != musterpb.TaskState_TASK_STATE_QUEUED && !Ended(job.State)) {
+				return missing("waiting task", strconv.FormatUint(uint64(n), 10), "job "+id)
+			}
+		}
+		if uint64(job.NextTask) > uint64(d.tasks.Len()) {
+			return missing("task", strconv.FormatUint(uint64(job.NextTask-1), 10), "job "+id)
+		}
+		for n := range job.NextTask {
+			if d.tasks.Get(taskKey{id, n}) == nil {
+				return missing("task", strconv.FormatUint(uint64(n), 10), "job "+id)
+			}
+		}
+	}
+	for k, t := range d.tasks.All() {
+		if d.jobs.Get(k.job).GetNextTask() <= k.number {
 			return missing("job", k.job, fmt.Sprintf("task %d", k.number))
 		}
+		for _, id := range t.Attempts {
+			if a := d.attempts.Get(id); a == nil || a.Job != k.job || a.Task != k.number {
+				return missing("attempt", id, fmt.Sprintf("task %s/%d", t.Job, t.Number))
+			}
+		}
 	}
-	for id, a := range d.attempts {
-		if d.jobs[a.Job] == nil || d.tasks[taskKey{a.Job, a.Task}] == nil {
+	return nil
+}
+
+func (d *data) checkAttempts() error {
+	for id, a := range d.attempts.All() {
+		job := d.jobs.Get(a.Job)
+		if job == nil || d.tasks.Get(taskKey{a.Job, a.Task}) == nil {
 			return missing("job or task", fmt.Sprintf("%s/%d", a.Job, a.Task), "attempt "+id)
 		}
-		if d.workers[a.Worker] == nil {
+		if w := d.workers.Get(a.Worker); w == nil || w.Owner != a.Owner {
 			return missing("worker", a.Worker, "attempt "+id)
 		}
-		if a.Check != "" && d.checks[a.Check] == nil {
+		if a.Check != "" && d.checks.Get(a.Check) == nil {
 			return missing("check", a.Check, "attempt "+id)
 		}
 		if a.State == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED && a.Commit == nil {
 			return missing("commit", "", "attempt "+id)
 		}
-		if live(a.State) && !d.ledger.Open(a.Hold) {
+		if !live(a.State) {
+			continue
+		}
+		if !d.ledger.Open(a.Hold) {
 			return missing("hold", strconv.FormatUint(a.Hold, 10), "attempt "+id)
 		}
+		if a.Check == "" && a.Batch != 0 && d.batches.Get(a.Batch) == nil {
+			return missing("batch", strconv.FormatUint(a.Batch, 10), "attempt "+id)
+		}
+		if job.Settled {
+			return fmt.Errorf("attempt %s is %s and its job is settled", id, StateName(a.State))
+		}
 	}
-	for id, check := range d.checks {
-		if d.jobs[check.Job] == nil {
+	return nil
+}
+
+func (d *data) checkChecks() error {
+	for id, check := range d.checks.All() {
+		job := d.jobs.Get(check.Job)
+		if job == nil {
 			return missing("job", check.Job, "check "+id)
 		}
+		if open(check) && job.Settled {
+			return fmt.Errorf("check %s has no verdict and its job is settled", id)
+		}
 		for _, run := range append([]string{check.Target}, check.Runs...) {
-			if d.attempts[run] == nil {
+			if a := d.attempts.Get(run); a == nil || a.Job != check.Job {
 				return missing("attempt", run, "check "+id)
 			}
 		}
 	}
-	for _, t := range d.tasks {
-		for _, id := range t.Attempts {
-			if d.attempts[id] == nil {
-				return missing("attempt", id, fmt.Sprintf("task %s/%d", t.Job, t.Number))
-			}
-		}
-	}
-	for e := uint64(1); e <= d.epoch; e++ {
-		batch := d.batches[e]
+	return nil
+}
+
+func (d *data) checkBatches() error {
+	for e := d.sealedEpoch + 1; e <= d.epoch; e++ {
+		batch := d.batches.Get(e)
 		if batch == nil {
 			return missing("batch", strconv.FormatUint(e, 10), "the epochs so far")
 		}
@@ -212,9 +326,17 @@ func (d *data) checkReferences() error {
 				return missing("scheduler", id, fmt.Sprintf("batch %d", e))
 			}
 		}
+		for _, id := range batch.Attempts {
+			if !batch.Drawn && d.attempts.Get(id) == nil {
+				return missing("attempt", id, fmt.Sprintf("batch %d", e))
+			}
+		}
+	}
+	if uint64(d.batches.Len()) != d.epoch-min(d.sealedEpoch, d.epoch) {
+		return fmt.Errorf("%d batches, and epochs %d to %d", d.batches.Len(), d.sealedEpoch+1, d.epoch)
 	}
 	for _, id := range d.openBatch {
-		if d.attempts[id].GetCommit() == nil {
+		if a := d.attempts.Get(id); a.GetState() != musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
 			return missing("commit", id, "the open batch")
 		}
 	}
@@ -224,55 +346,101 @@ func (d *data) checkReferences() error {
 func readSnapshot(r io.Reader) (data, error) {
 	d := newData()
 	in := &recordReader{r: bufio.NewReader(r), sum: sha256.New()}
+	var money *ledger.Restoring
+	var last uint64 // transfer
 	for {
 		record, err := in.next()
 		if err != nil {
 			return d, err
 		}
-		if _, header := record.Record.(*musterpb.SnapshotRecord_Header); header != (in.count == 0) {
+		header, isHeader := record.Record.(*musterpb.SnapshotRecord_Header)
+		if isHeader != (in.count == 0) {
 			return d, fmt.Errorf("record %d: a snapshot has one header, at its start", in.count)
 		}
 		switch v := record.Record.(type) {
 		case *musterpb.SnapshotRecord_Header:
-			if v.Header.Format != snapshotFormat {
-				return d, fmt.Errorf("format %d: this version reads %d; upgrade muster", v.Header.Format, snapshotFormat)
+			if err = d.readHeader(header.Header); err == nil {
+				money, last = ledger.Restore(header.Header.SealedTransfer), header.Header.TransferSequence
 			}
-			d.jobSequence, d.epoch, d.openBatch = v.Header.JobSequence, v.Header.Epoch, v.Header.OpenBatch
-			d.cluster, d.now = v.Header.Cluster, v.Header.TimeUnixMs
-		case *musterpb.SnapshotRecord_Account:
-			d.accounts[v.Account.Id] = v.Account
-		case *musterpb.SnapshotRecord_Key:
-			d.keys[string(v.Key.Hash)] = v.Key
-		case *musterpb.SnapshotRecord_Node:
-			d.nodes[v.Node.Id] = v.Node
-		case *musterpb.SnapshotRecord_Worker:
-			d.workers[v.Worker.Id] = v.Worker
-		case *musterpb.SnapshotRecord_Job:
-			d.jobs[v.Job.Id] = v.Job
-		case *musterpb.SnapshotRecord_Task:
-			d.tasks[taskKey{v.Task.Job, v.Task.Number}] = v.Task
-		case *musterpb.SnapshotRecord_Attempt:
-			d.attempts[v.Attempt.Id] = v.Attempt
-			d.byJob[v.Attempt.Job] = append(d.byJob[v.Attempt.Job], v.Attempt.Id)
-		case *musterpb.SnapshotRecord_Check:
-			d.checks[v.Check.Id] = v.Check
-		case *musterpb.SnapshotRecord_Batch:
-			d.batches[v.Batch.Epoch] = v.Batch
-		case *musterpb.SnapshotRecord_Track:
-			d.records[recordKey{v.Track.Owner, v.Track.Class, v.Track.Application}] = v.Track
+		case *musterpb.SnapshotRecord_LedgerAccount:
+			err = money.Account(v.LedgerAccount)
 		case *musterpb.SnapshotRecord_Transfer:
-			if err := d.ledger.Replay(v.Transfer); err != nil {
-				return d, err
-			}
-		case *musterpb.SnapshotRecord_Answered:
-			d.answered[v.Answered.Command] = v.Answered.Answer
-			d.answerOrder = append(d.answerOrder, v.Answered.Command)
+			err = money.Transfer(v.Transfer)
 		case *musterpb.SnapshotRecord_End:
-			return d, in.checkEnd(v.End)
+			if err = in.checkEnd(v.End); err == nil {
+				d.ledger, err = money.Finish()
+			}
+			if err == nil && d.ledger.Last() != last {
+				err = fmt.Errorf("the newest transfer is %d, not %d", d.ledger.Last(), last)
+			}
+			return d, err
 		default:
-			return d, errors.New("a record of a kind that this version does not know; upgrade muster")
+			err = d.take(record)
+		}
+		if err != nil {
+			return d, err
 		}
 	}
+}
+
+func (d *data) readHeader(h *musterpb.SnapshotHeader) error {
+	if h.Format != snapshotFormat {
+		return fmt.Errorf("format %d: this version reads %d; use the version of muster that wrote it", h.Format, snapshotFormat)
+	}
+	d.jobSequence, d.epoch, d.sealedEpoch, d.openBatch = h.JobSequence, h.Epoch, h.SealedEpoch, h.OpenBatch
+	d.cluster, d.now = h.Cluster, h.TimeUnixMs
+	return nil
+}
+
+// take stores a value. Names that a million values share are those of the values
+// that they name, which come first.
+func (d *data) take(record *musterpb.SnapshotRecord) error {
+	switch v := record.Record.(type) {
+	case *musterpb.SnapshotRecord_Account:
+		return once(d.accounts, v.Account.Id, v.Account)
+	case *musterpb.SnapshotRecord_Key:
+		return once(d.keys, string(v.Key.Hash), v.Key)
+	case *musterpb.SnapshotRecord_Node:
+		d.nodes[v.Node.Id] = v.Node
+	case *musterpb.SnapshotRecord_Worker:
+		return once(d.workers, v.Worker.Id, v.Worker)
+	case *musterpb.SnapshotRecord_Job:
+		return once(d.jobs, v.Job.Id, v.Job)
+	case *musterpb.SnapshotRecord_Task:
+		if job := d.jobs.Get(v.Task.Job); job != nil {
+			v.Task.Job = job.Id
+		}
+		return once(d.tasks, taskKey{v.Task.Job, v.Task.Number}, v.Task)
+	case *musterpb.SnapshotRecord_Attempt:
+		a := v.Attempt
+		if job, w := d.jobs.Get(a.Job), d.workers.Get(a.Worker); job != nil && w != nil && w.Owner == a.Owner {
+			a.Job, a.Worker, a.Owner = job.Id, w.Id, w.Owner
+		}
+		return once(d.attempts, a.Id, a)
+	case *musterpb.SnapshotRecord_Check:
+		return once(d.checks, v.Check.Id, v.Check)
+	case *musterpb.SnapshotRecord_Batch:
+		return once(d.batches, v.Batch.Epoch, v.Batch)
+	case *musterpb.SnapshotRecord_Track:
+		return once(d.records, recordKey{v.Track.Owner, v.Track.Class, v.Track.Application}, v.Track)
+	case *musterpb.SnapshotRecord_Segment:
+		d.segments = append(d.segments, v.Segment)
+	case *musterpb.SnapshotRecord_Answered:
+		d.answerOrder = append(d.answerOrder, v.Answered.Command)
+		return once(d.answered, v.Answered.Command, v.Answered.Answer)
+	default:
+		return errors.New("a record of a kind that this version does not know; upgrade muster")
+	}
+	return nil
+}
+
+// once stores a value under a key that has none.
+func once[K comparable, V any](t *table.Map[K, V], k K, v V) error {
+	before := t.Len()
+	if t.Set(k, v); t.Len() == before {
+		return fmt.Errorf("%v is there twice", k)
+	}
+	return nil
 }
 
 type recordWriter struct {
@@ -306,13 +474,15 @@ func (w *recordWriter) put(r *musterpb.SnapshotRecord) {
 type recordReader struct {
 	r     *bufio.Reader
 	sum   hash.Hash // of everything before the newest record
-	last  []byte    // the newest record, with its length
-	count uint64    // records before the newest
+	size  []byte    // the newest record's length
+	body  bytes.Buffer
+	count uint64 // records before the newest
 }
 
 func (r *recordReader) next() (*musterpb.SnapshotRecord, error) {
-	if r.last != nil {
-		r.sum.Write(r.last)
+	if len(r.size) > 0 {
+		r.sum.Write(r.size)
+		r.sum.Write(r.body.Bytes())
 		r.count++
 	}
 	size, err := binary.ReadUvarint(r.r)
@@ -322,14 +492,14 @@ func (r *recordReader) next() (*musterpb.SnapshotRecord, error) {
 	if size > maxRecord {
 		return nil, fmt.Errorf("record %d has %d bytes, at most %d are allowed", r.count, size, maxRecord)
 	}
-	r.last = binary.AppendUvarint(nil, size)
-	body, err := io.ReadAll(io.LimitReader(r.r, int64(size)))
-	if err != nil || uint64(len(body)) < size {
+	r.size = binary.AppendUvarint(r.size[:0], size)
+	r.body.Reset()
+	// The buffer grows with what is there: a damaged length costs nothing.
+	if _, err := io.CopyN(&r.body, r.r, int64(size)); err != nil {
 		return nil, fmt.Errorf("cut short in record %d: %w", r.count, cmp.Or(err, io.ErrUnexpectedEOF))
 	}
-	r.last = append(r.last, body...)
 	record := &musterpb.SnapshotRecord{}
-	if err := record.UnmarshalVT(body); err != nil {
+	if err := record.UnmarshalVT(r.body.Bytes()); err != nil {
 		return nil, fmt.Errorf("record %d: %w", r.count, err)
 	}
 	return record, nil

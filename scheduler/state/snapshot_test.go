@@ -124,7 +124,8 @@ func must1[T any](v T, err error) T {
 
 // useAll reads everything, as the leader's loops do.
 func useAll(s *State) {
-	s.Queued(10)
+	s.Queued()
+	s.Sealable(100)
 	s.ToCompare()
 	s.Committed()
 	s.Drawing()

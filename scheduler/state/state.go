@@ -4,18 +4,21 @@
 //
 // Apply is deterministic. It reads no clock, draws no randomness, does no I/O
 // and never lets the order of a map decide: what is timed or random is in the
-// command. Values are replaced and never changed once they are in a map, so
-// that readers may keep what they were given and a snapshot is a copy of maps.
+// command. Values are replaced and never changed once anybody could have seen
+// them, so that readers may keep what they were given and a snapshot is a copy
+// of tables.
 package state
 
 import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/ledger"
+	"github.com/musternet/muster/scheduler/table"
 )
 
 // FeePPM is the network's share of every payment.
@@ -28,10 +31,15 @@ const maxAnswered = 1 << 16
 // State is the replicated state of one scheduler. All methods are safe for
 // concurrent use; Apply excludes everything else, reads run together.
 type State struct {
-	mu sync.RWMutex // guards every field below
+	mu sync.RWMutex // guards every field below but watched
 	data
+	index   index
+	journal journal
+	entry   uint64  // counts log entries: a value that this one made may be changed by it again, since nobody saw it
+	sweeps  []sweep // sealed jobs that are not all gone yet; the oldest first
 
-	changed chan struct{} // closed, and replaced, when a command was applied
+	changed chan struct{} // closed, and replaced, when commands were applied and somebody waits
+	watched atomic.Bool   // somebody has the channel
 }
 
 // data is what a snapshot holds.
@@ -40,27 +48,24 @@ type data struct {
 	now         int64 // of the newest command; never goes back
 	jobSequence uint64
 	epoch       uint64   // of the newest batch
+	sealedEpoch uint64   // batches up to this one are sealed
 	openBatch   []string // attempts that were committed since
-	accounts    map[string]*musterpb.Account
-	keys        map[string]*musterpb.Key // by hash
+	accounts    *table.Map[string, *musterpb.Account]
+	keys        *table.Map[string, *musterpb.Key] // by hash
 	nodes       map[string]*musterpb.Node
-	workers     map[string]*musterpb.Worker
-	jobs        map[string]*musterpb.Job
-	tasks       map[taskKey]*musterpb.Task // those that were ever placed
-	attempts    map[string]*musterpb.Attempt
-	checks      map[string]*musterpb.Check
-	batches     map[uint64]*musterpb.Batch
-	records     map[recordKey]*musterpb.Record
-	answered    map[string]*musterpb.Answer
+	workers     *table.Map[string, *musterpb.Worker]
+	jobs        *table.Map[string, *musterpb.Job]
+	tasks       *table.Map[taskKey, *musterpb.Task] // those that were ever placed
+	attempts    *table.Map[string, *musterpb.Attempt]
+	checks      *table.Map[string, *musterpb.Check]
+	batches     *table.Map[uint64, *musterpb.Batch]
+	records     *table.Map[recordKey, *musterpb.Record]
+	answered    *table.Map[string, *musterpb.Answer]
 	answerOrder []string
+	segments    []*musterpb.Segment
 	ledger      *ledger.Ledger
 
-	// Derived from the above; rebuilt by Restore.
-	liveJobs     map[string]struct{}            // not settled
-	openChecks   map[string]struct{}            // without a verdict
-	liveByWorker map[string]map[string]struct{} // attempts that may be running
-	byJob        map[string][]string            // attempts of a job, in order
-	due          map[string]int                 // by job: results to come, or there, whose check has no run yet
+	dropped *table.Map[string, struct{}] // sealed jobs of which something is left; nobody sees that
 }
 
 type taskKey struct {
@@ -68,32 +73,76 @@ type taskKey struct {
 	number uint32
 }
 
+func (k taskKey) hash() uint64 { return table.HashUint64(table.HashString(k.job) + uint64(k.number)) }
+
 type recordKey struct{ owner, class, application string }
+
+func (k recordKey) hash() uint64 { return table.HashString(k.owner) + table.HashString(k.application) }
 
 // New is the empty state.
 func New() *State {
-	return &State{data: newData(), changed: make(chan struct{})}
+	s := &State{data: newData(), index: newIndex(), changed: make(chan struct{})}
+	s.journal.forget()
+	return s
 }
 
 func newData() data {
 	return data{
-		accounts: map[string]*musterpb.Account{}, keys: map[string]*musterpb.Key{}, nodes: map[string]*musterpb.Node{},
-		workers: map[string]*musterpb.Worker{}, jobs: map[string]*musterpb.Job{}, tasks: map[taskKey]*musterpb.Task{},
-		attempts: map[string]*musterpb.Attempt{}, checks: map[string]*musterpb.Check{}, batches: map[uint64]*musterpb.Batch{},
-		records: map[recordKey]*musterpb.Record{}, answered: map[string]*musterpb.Answer{}, ledger: ledger.New(),
-		liveJobs: map[string]struct{}{}, openChecks: map[string]struct{}{}, liveByWorker: map[string]map[string]struct{}{},
-		byJob: map[string][]string{}, due: map[string]int{},
+		accounts: table.New[string, *musterpb.Account](table.HashString), keys: table.New[string, *musterpb.Key](table.HashString),
+		nodes: map[string]*musterpb.Node{}, workers: table.New[string, *musterpb.Worker](table.HashString),
+		jobs: table.New[string, *musterpb.Job](table.HashString), tasks: table.New[taskKey, *musterpb.Task](taskKey.hash),
+		attempts: table.New[string, *musterpb.Attempt](table.HashString), checks: table.New[string, *musterpb.Check](table.HashString),
+		batches: table.New[uint64, *musterpb.Batch](table.HashUint64), records: table.New[recordKey, *musterpb.Record](recordKey.hash),
+		answered: table.New[string, *musterpb.Answer](table.HashString), ledger: ledger.New(),
+		dropped: table.New[string, struct{}](table.HashString),
 	}
+}
+
+// copy is the same data, which may be read while this one goes on.
+func (d *data) copy() data {
+	c := *d
+	c.openBatch, c.answerOrder, c.segments = slices.Clip(d.openBatch), slices.Clip(d.answerOrder), slices.Clip(d.segments)
+	c.accounts, c.keys, c.nodes, c.workers = d.accounts.Copy(), d.keys.Copy(), maps.Clone(d.nodes), d.workers.Copy()
+	c.jobs, c.tasks, c.attempts, c.checks = d.jobs.Copy(), d.tasks.Copy(), d.attempts.Copy(), d.checks.Copy()
+	c.batches, c.records, c.answered, c.ledger = d.batches.Copy(), d.records.Copy(), d.answered.Copy(), d.ledger.Copy()
+	c.dropped = d.dropped.Copy()
+	return c
 }
 
 // Apply carries out one command and answers it. A refused command changes
 // nothing. It panics on a command that this version does not know, unless that
 // is marked ignorable: a node that skipped it would silently diverge.
 func (s *State) Apply(cmd *musterpb.Command) *musterpb.Answer {
+	return s.ApplyAll([]*musterpb.Command{cmd})[0]
+}
+
+// ApplyAll carries out the commands of one log entry, in order, as Apply would
+// one by one, and answers each. Readers see all of them or none.
+func (s *State) ApplyAll(cmds []*musterpb.Command) []*musterpb.Answer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.entry++
+	answers := make([]*musterpb.Answer, len(cmds))
+	for i, cmd := range cmds {
+		answers[i] = s.apply(cmd)
+	}
+	s.sweep(sweepPerEntry)
+	if s.watched.Load() {
+		s.wake()
+	}
+	return answers
+}
+
+// wake tells everybody who waits for a change.
+func (s *State) wake() {
+	s.watched.Store(false)
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+func (s *State) apply(cmd *musterpb.Command) *musterpb.Answer {
 	if cmd.Id != "" {
-		if first, ok := s.answered[cmd.Id]; ok {
+		if first := s.answered.Get(cmd.Id); first != nil {
 			return first
 		}
 	}
@@ -106,8 +155,6 @@ func (s *State) Apply(cmd *musterpb.Command) *musterpb.Answer {
 	if cmd.Id != "" {
 		s.remember(cmd.Id, answer)
 	}
-	close(s.changed)
-	s.changed = make(chan struct{})
 	return answer
 }
 
@@ -155,6 +202,10 @@ func (s *State) dispatch(cmd *musterpb.Command) (id string, err error) {
 		return s.recordComparisons(body.RecordComparisons)
 	case *musterpb.Command_GiveUpCheck:
 		return s.giveUpCheck(body.GiveUpCheck)
+	case *musterpb.Command_Seal:
+		return s.seal(body.Seal)
+	case *musterpb.Command_MergeSegments:
+		return s.mergeSegments(body.MergeSegments)
 	}
 	if cmd.Ignorable {
 		return "", nil
@@ -163,10 +214,10 @@ func (s *State) dispatch(cmd *musterpb.Command) (id string, err error) {
 }
 
 func (s *State) remember(id string, answer *musterpb.Answer) {
-	s.answered[id] = answer
+	s.answered.Set(id, answer)
 	s.answerOrder = append(s.answerOrder, id)
 	if len(s.answerOrder) > maxAnswered {
-		delete(s.answered, s.answerOrder[0])
+		s.answered.Delete(s.answerOrder[0])
 		s.answerOrder = s.answerOrder[1:] // append moves it now and then, at a constant cost per command
 	}
 }
@@ -181,3 +232,6 @@ func ErrorOf(a *musterpb.Answer) error {
 
 // sortedKeys is for the few places where Apply walks a map.
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
+
+// keysOf are the keys of a table, sorted.
+func keysOf[V any](t *table.Map[string, V]) []string { return slices.Sorted(t.Keys()) }

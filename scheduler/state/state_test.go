@@ -5,44 +5,70 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/musternet/muster/api/musterpb"
 )
 
-// A field that copyJob forgot would vanish with the next command.
-func TestCopyJobCopiesEveryField(t *testing.T) {
-	job := &musterpb.Job{}
-	fields := job.ProtoReflect().Descriptor().Fields()
+// A field that a copy forgot would vanish with the next command.
+func TestCopiesCopyEveryField(t *testing.T) {
+	testCopy(t, copyJob)
+	testCopy(t, copyTask)
+	testCopy(t, copyAttempt)
+	testCopy(t, copyCheck)
+	testCopy(t, copyBatch)
+	testCopy(t, copyWorker)
+}
+
+func testCopy[M proto.Message](t *testing.T, copyOf func(M) M) {
+	t.Helper()
+	var none M
+	full := none.ProtoReflect().New()
+	fill(t, full)
+	if fresh := copyOf(full.Interface().(M)); !proto.Equal(fresh, full.Interface()) {
+		t.Errorf("copied %v\nof %v", fresh, full)
+	}
+}
+
+// fill sets every field to something that is not its zero value.
+func fill(t *testing.T, m protoreflect.Message) {
+	t.Helper()
+	fields := m.Descriptor().Fields()
 	for i := range fields.Len() {
 		f := fields.Get(i)
-		v := job.ProtoReflect().NewField(f)
-		switch {
-		case f.IsList():
-			v.List().Append(protoreflect.ValueOfUint32(7))
-		case f.Kind() == protoreflect.StringKind:
-			v = protoreflect.ValueOfString("x")
-		case f.Kind() == protoreflect.BytesKind:
-			v = protoreflect.ValueOfBytes([]byte("x"))
-		case f.Kind() == protoreflect.BoolKind:
-			v = protoreflect.ValueOfBool(true)
-		case f.Kind() == protoreflect.EnumKind:
-			v = protoreflect.ValueOfEnum(1)
-		case f.Kind() == protoreflect.Uint32Kind:
-			v = protoreflect.ValueOfUint32(7)
-		case f.Kind() == protoreflect.Uint64Kind:
-			v = protoreflect.ValueOfUint64(7)
-		case f.Kind() == protoreflect.Int64Kind:
-			v = protoreflect.ValueOfInt64(7)
+		if f.Message() != nil && !f.IsList() {
+			m.Mutable(f) // that it is there is enough
+			continue
 		}
-		job.ProtoReflect().Set(f, v)
-	}
-	fresh := copyJob(job)
-	if !fresh.EqualVT(job) {
-		t.Fatalf("copied %v\nof %v", fresh, job)
-	}
-	if fresh.Requeued[0]++; job.Requeued[0] != 7 {
-		t.Error("the copy shares the requeued tasks")
+		var v protoreflect.Value
+		switch f.Kind() {
+		case protoreflect.MessageKind:
+			v = m.NewField(f).List().NewElement()
+		case protoreflect.StringKind:
+			v = protoreflect.ValueOfString("x")
+		case protoreflect.BytesKind:
+			v = protoreflect.ValueOfBytes([]byte("x"))
+		case protoreflect.BoolKind:
+			v = protoreflect.ValueOfBool(true)
+		case protoreflect.EnumKind:
+			v = protoreflect.ValueOfEnum(1)
+		case protoreflect.Int32Kind:
+			v = protoreflect.ValueOfInt32(7)
+		case protoreflect.Uint32Kind:
+			v = protoreflect.ValueOfUint32(7)
+		case protoreflect.Uint64Kind:
+			v = protoreflect.ValueOfUint64(7)
+		case protoreflect.Int64Kind:
+			v = protoreflect.ValueOfInt64(7)
+		default:
+			t.Fatalf("field %s has kind %v: teach this test about it", f.Name(), f.Kind())
+		}
+		if f.IsList() {
+			m.Mutable(f).List().Append(v)
+		} else {
+			m.Set(f, v)
+		}
 	}
 }
 
@@ -77,7 +103,7 @@ func TestAnswersAreForgotten(t *testing.T) {
 	if err := apply("first", "a"); err == "" {
 		t.Error("a command is still remembered")
 	}
-	if n := len(s.answered); n != maxAnswered || len(s.answerOrder) != n {
+	if n := s.answered.Len(); n != maxAnswered || len(s.answerOrder) != n {
 		t.Errorf("%d answers are remembered, %d in order", n, len(s.answerOrder))
 	}
 }

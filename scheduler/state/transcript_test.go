@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -104,9 +105,18 @@ func runTranscript(t *testing.T, text string) string {
 }
 
 func changes(before, after map[string]string) (lines []string) {
-	for _, k := range sortedKeys(after) {
-		if before[k] != after[k] {
-			lines = append(lines, "  "+k[1:]+": "+after[k])
+	all := maps.Clone(before)
+	maps.Copy(all, after)
+	for _, k := range sortedKeys(all) {
+		now, there := after[k]
+		if !there {
+			now = "gone"
+			if k[0] == '9' {
+				now = api.MicroUSD(0).String() // an account of zeros is not kept
+			}
+		}
+		if before[k] != now {
+			lines = append(lines, "  "+k[1:]+": "+now)
 		}
 	}
 	return lines
@@ -474,13 +484,16 @@ func (w *world) must(words ...string) {
 }
 
 func (w *world) queued() (lines []string) {
-	for _, work := range w.Queued(100) {
+	for _, work := range w.Queued() {
 		line := "queued of " + work.Job.Id + ":"
-		for _, t := range work.Tasks {
+		for _, t := range work.Requeued {
 			line += fmt.Sprintf(" task %d", t.Number)
 			if len(t.AvoidOwners) > 0 {
 				line += fmt.Sprintf(" (not by %s)", strings.Join(t.AvoidOwners, ", "))
 			}
+		}
+		for n := work.Next; n < work.End; n++ {
+			line += fmt.Sprintf(" task %d", n)
 		}
 		for _, c := range work.Checks {
 			line += fmt.Sprintf(" %s (%d runs", c.Check.Id, c.Runs)
@@ -515,7 +528,7 @@ func (w *world) describe() map[string]string {
 		}
 		d["1node "+w.name(n.Id)] = text
 	}
-	for _, wk := range s.workers {
+	for wk := range s.workers.Values() {
 		text := fmt.Sprintf("of %s, %s/h", wk.Owner, api.MicroUSD(wk.PriceMicroUsdPerHour))
 		if wk.Finished > 0 {
 			text += fmt.Sprintf(", finished %d", wk.Finished)
@@ -534,7 +547,7 @@ func (w *world) describe() map[string]string {
 		}
 		d["2worker "+w.name(wk.Id)] = text
 	}
-	for _, j := range s.jobs {
+	for j := range s.jobs.Values() {
 		text := fmt.Sprintf("%s%s, %d/%d tasks placed, items %d committed %d verified of %d, %d live, %d checks open",
 			StateName(j.State), because(j.Reason), j.NextTask, j.Tasks, j.ItemsCommitted, j.ItemsVerified, j.Items, j.LiveAttempts, j.OpenChecks)
 		if len(j.Requeued) > 0 {
@@ -551,7 +564,7 @@ func (w *world) describe() map[string]string {
 		}
 		d["3job "+j.Id] = text
 	}
-	for _, t := range s.tasks {
+	for t := range s.tasks.Values() {
 		text := StateName(t.State)
 		if t.Result != "" {
 			text += " by " + t.Result
@@ -564,7 +577,7 @@ func (w *world) describe() map[string]string {
 		}
 		d[fmt.Sprintf("4task %s/%02d", t.Job, t.Number)] = text
 	}
-	for _, a := range s.attempts {
+	for a := range s.attempts.Values() {
 		text := fmt.Sprintf("%s%s on %s", StateName(a.State), because(w.rename(a.Reason)), w.name(a.Worker))
 		if a.Payer == "network" {
 			text += ", at the network's expense"
@@ -574,7 +587,7 @@ func (w *world) describe() map[string]string {
 		}
 		d["5attempt "+a.Id] = text
 	}
-	for _, c := range s.checks {
+	for c := range s.checks.Values() {
 		text := fmt.Sprintf("%s%s, %d items of %s", strings.TrimPrefix(c.Verdict.String(), "VERDICT_"), because(c.Reason), len(c.Items), c.Target)
 		if len(c.Runs) > 0 {
 			text += " by " + strings.Join(c.Runs, ", ")
@@ -584,7 +597,7 @@ func (w *world) describe() map[string]string {
 		}
 		d["6check "+c.Id] = text
 	}
-	for _, b := range s.batches {
+	for b := range s.batches.Values() {
 		text := fmt.Sprintf("%v, %d of %d reveals", b.Attempts, len(b.Reveals), len(b.Committee))
 		if b.Drawn {
 			text += ", drawn"
@@ -594,7 +607,7 @@ func (w *world) describe() map[string]string {
 		}
 		d[fmt.Sprintf("7batch %d", b.Epoch)] = text
 	}
-	for k, r := range s.data.records {
+	for k, r := range s.data.records.All() {
 		d["8record "+k.owner] = fmt.Sprintf("%d passed, %d offences (%s)", r.Passed, r.Offences, k.class)
 	}
 	for _, name := range w.ledger.Accounts() {

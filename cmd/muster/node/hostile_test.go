@@ -88,6 +88,14 @@ func TestHandshakeRefusals(t *testing.T) {
 		w.send(hello)
 		ended(w, api.Invalid, `lists device "GPU-1" twice`)
 	})
+	t.Run("a name that is no text", func(t *testing.T) {
+		w := l.worker("mallory")
+		w.dial()
+		hello := w.hello()
+		hello.GetHello().Name = "\xff\xfe"
+		w.send(hello)
+		ended(w, api.Invalid, "no UTF-8")
+	})
 	t.Run("a reader's key", func(t *testing.T) {
 		resp, err := l.admin.CreateAccount(t.Context(), connect.NewRequest(&musterpb.CreateAccountRequest{Account: "mallory", Role: musterpb.Role_ROLE_READER}))
 		if err != nil {

@@ -39,7 +39,9 @@ type Scheduler struct {
 	// ElectionTimeout is how long a silent leader is followed.
 	ElectionTimeout time.Duration
 	Timing          scheduler.Timing
-	Logger          *slog.Logger
+	// Debug is a loopback address for profiles and metrics; empty serves none.
+	Debug  string
+	Logger *slog.Logger
 	// Ready is called once, when this scheduler is a member of its cluster.
 	Ready func(Info)
 }
@@ -71,6 +73,13 @@ func (c Scheduler) Run(ctx context.Context) (err error) {
 		return fmt.Errorf("listening on %s: %w", c.Listen, err)
 	}
 	defer listener.Close() // closed by the server already, when that ran
+	var debug net.Listener
+	if c.Debug != "" {
+		if debug, err = listenDebug(c.Debug); err != nil {
+			return err
+		}
+		defer debug.Close()
+	}
 	c.Advertise = advertised(c.Advertise, listener.Addr())
 	if c.RaftAdvertise == "" {
 		c.RaftAdvertise = sameHost(c.Advertise, c.RaftListen)
@@ -101,6 +110,9 @@ func (c Scheduler) Run(ctx context.Context) (err error) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return sched.Run(ctx) })
 	g.Go(func() error { return srv.Serve(ctx, listener) })
+	if debug != nil {
+		g.Go(func() error { return serveDebug(ctx, debug) })
+	}
 	g.Go(func() error {
 		me := &musterpb.Node{Id: string(id), PublicKey: key.Public().(ed25519.PublicKey), ApiAddress: c.Advertise, RaftAddress: rep.Address()}
 		err := c.enter(ctx, sched, peers, me)

@@ -1,0 +1,45 @@
+package client
+
+import (
+	"bytes"
+	"testing"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/musternet/muster/api/musterpb"
+)
+
+func TestCodec(t *testing.T) {
+	for _, m := range []proto.Message{
+		&musterpb.Heartbeat{}, &musterpb.Reports{Started: []string{"att-1", "att-2"}, Blobs: [][]byte{{1}, {}}},
+		&musterpb.Commit{Attempt: "att-1", Path: [][]byte{make([]byte, 32)}, Leaf: 3}, wrapperspb.String("other messages work as well"),
+	} {
+		want, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, dst := range [][]byte{nil, []byte("before"), append(make([]byte, 0, 1000), "before"...)} {
+			got, err := codec{}.MarshalAppend(dst, m)
+			if err != nil || !bytes.Equal(got, append(bytes.Clone(dst), want...)) {
+				t.Errorf("%T after %q is %x, %v; want %x", m, dst, got, err, want)
+			}
+		}
+		back := m.ProtoReflect().New().Interface()
+		if h, ok := back.(*musterpb.Reports); ok {
+			h.Started = []string{"from the last use"}
+		}
+		if err := (codec{}).Unmarshal(want, back); err != nil || !proto.Equal(back, m) {
+			t.Errorf("%T came back as %v, %v", m, back, err)
+		}
+	}
+	if _, err := (codec{}).Marshal("text"); err == nil {
+		t.Error("a string was encoded")
+	}
+	if err := (codec{}).Unmarshal(nil, "text"); err == nil {
+		t.Error("a string was decoded into")
+	}
+	if err := (codec{}).Unmarshal([]byte{0xff}, &musterpb.Reports{}); err == nil {
+		t.Error("half a message was decoded")
+	}
+}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/musternet/muster/api/musterpb"
+)
+
+const (
+	costSlots    = 16
+	costWorkers  = 200
+	costDuration = 4 * time.Second
+	fewItems     = 10_000
+	manyItems    = 1_000_000
+)
+
+// cost measures whether a task costs more because many others wait: schedulers'
+// CPU per verified task while a job of 1,000,000 items is worked on, over that
+// of jobs of 10,000 items one after the other. Both are measured twice, by
+// turns, on the same network.
+func (b *bench) cost(ctx context.Context) (err error) {
+	w, err := newWarmWorld(ctx, b, b.schedulers, costWorkers, costSlots)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.close()) }()
+	var cpu, tasks [2]float64
+	for range 2 {
+		for kind, items := range []int{fewItems, manyItems} {
+			used, done, err := w.costOf(ctx, items)
+			if err != nil {
+				return err
+			}
+			cpu[kind] += used.Seconds() * 1e6
+			tasks[kind] += float64(done)
+			b.logf("jobs of %d items: %.1f µs/task of the schedulers' CPU, %.0f tasks/s", items, used.Seconds()*1e6/float64(done), float64(done)/costDuration.Seconds())
+		}
+	}
+	b.results.Set("cost_us_per_task_10k", cpu[0]/tasks[0])
+	b.results.Set("cost_us_per_task_1m", cpu[1]/tasks[1])
+	b.results.Set("cost_growth_1m", cpu[1]/tasks[1]/(cpu[0]/tasks[0]))
+	return w.checkAll(ctx)
+}
+
+// costOf works on jobs of so many items for a while and then gives up what is
+// left of them.
+func (w *world) costOf(ctx context.Context, items int) (cpu time.Duration, tasks int, err error) {
+	feed, stop := context.WithCancel(ctx)
+	defer stop()
+	fed := make(chan error, 1)
+	go func() { fed <- w.keepTwo(ctx, feed, items) }()
+	if err := sleep(ctx, time.Second); err != nil {
+		return 0, 0, err
+	}
+	from, err := w.moment(ctx, 0)
+	if err != nil {
+		return 0, 0, err
+	}
+	if err := sleep(ctx, costDuration); err != nil {
+		return 0, 0, err
+	}
+	to, err := w.moment(ctx, 0)
+	if err != nil {
+		return 0, 0, err
+	}
+	for i := range to.usages {
+		cpu += to.usages[i].CPU - from.usages[i].CPU
+	}
+	stop()
+	if err := errors.Join(<-fed, w.cancelAll(ctx)); err != nil {
+		return 0, 0, err
+	}
+	if to.verified == from.verified {
+		return 0, 0, fmt.Errorf("no task was settled within %s", costDuration)
+	}
+	return cpu, to.verified - from.verified, nil
+}
+
+// keepTwo keeps jobs of so many items queued until feed ends: one that is
+// worked on, and the next. Of a million items there is one, which outlasts the
+// measurement.
+func (w *world) keepTwo(ctx, feed context.Context, items int) error {
+	for feed.Err() == nil {
+		if err := w.jobs.look(ctx, false); err != nil {
+			return err
+		}
+		for w.jobs.outstanding() < 2 && (items == fewItems || w.jobs.outstanding() < 1) {
+			if _, err := w.submit(ctx, items); err != nil {
+				return err
+			}
+		}
+		if sleep(feed, 10*time.Millisecond) != nil {
+			return nil
+		}
+	}
+	return nil
+}
+
+// cancelAll cancels every job that is not settled, and waits until they are.
+func (w *world) cancelAll(ctx context.Context) error {
+	w.jobs.mu.Lock()
+	list := append([]*job(nil), w.jobs.unsettled...)
+	for _, job := range list {
+		job.cancelled = true
+	}
+	w.jobs.mu.Unlock()
+	for _, job := range list {
+		if _, err := job.client.CancelJob(ctx, connect.NewRequest(&musterpb.CancelJobRequest{Job: *job.id.Load()})); err != nil {
+			return err
+		}
+	}
+	return w.jobs.waitSettled(ctx)
+}

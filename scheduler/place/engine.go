@@ -1,0 +1,637 @@
+package place
+
+import (
+	"cmp"
+	"slices"
+
+	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/state"
+)
+
+// Bounds of what the engine keeps and does.
+const (
+	// maxIndexBytes bounds, roughly, the indexes over the machines. What was not
+	// used for longest is dropped, and made anew when it is needed.
+	maxIndexBytes = 128 << 20
+	// maxShapes bounds how many sets of constraints are remembered that no job
+	// has any more.
+	maxShapes = 1024
+	// maxReviews bounds how many machines one Plan looks at, all shapes together:
+	// ten thousand jobs that each want something else may not stop the leader.
+	maxReviews = 4 << 20
+	// minNames is how many kinds of devices and classes are known before those
+	// that are out of use are dropped.
+	minNames = 4096
+)
+
+// Engine decides placements. It keeps workers and jobs from one round to the
+// next, in indexes that follow each change, so that a decision costs about the
+// same however many workers and jobs there are.
+//
+// The same calls in the same order give the same decisions: it reads no clock
+// and draws nothing by itself. It is not safe for concurrent use.
+type Engine struct {
+	seed func(epoch uint64) []byte
+	now  int64 // the latest that Plan was told
+
+	names    *names
+	limit    int // of names
+	byID     map[string]*machine
+	machines []*machine // by slot, nil for a free one
+	slots    []int32    // free
+	newest   *machine   // of the list of machines, newest change first
+	seq      uint64     // of the newest change
+	resting  heap[*machine]
+	changed  []*machine // scratch of catchUp
+
+	tick    uint64 // counts decisions
+	reviews int    // how often a machine was looked at
+	shapes  map[string]*shape
+	list    []*shape // the same, oldest first
+
+	jobs     map[string]*queuedJob // with work to place
+	deferred []*queuedJob          // that have passed over tasks
+	counts   map[string]*counts
+	accounts map[string]*account
+	turns    heap[*account] // that have something which may be placed
+	closed   []*gate        // that lanes park at
+}
+
+// NewEngine is an engine that knows nothing yet. Seed draws the checkers of a
+// check, by the epoch of its target's batch. It may be nil.
+func NewEngine(seed func(epoch uint64) []byte) *Engine {
+	e := &Engine{
+		seed: seed, names: newNames(), limit: minNames, byID: map[string]*machine{}, shapes: map[string]*shape{}, jobs: map[string]*queuedJob{},
+		counts: map[string]*counts{}, accounts: map[string]*account{},
+	}
+	e.resting = heap[*machine]{
+		less: func(a, b *machine) bool {
+			return cmp.Or(cmp.Compare(a.BackoffUntilUnixMs, b.BackoffUntilUnixMs), cmp.Compare(a.slot, b.slot)) < 0
+		},
+		moved: func(m *machine, at int) { m.resting = at },
+	}
+	e.turns = heap[*account]{less: usesLess, moved: func(a *account, at int) { a.pos = at }}
+	return e
+}
+
+// SetWorker says how a worker is now, with everything that its live attempts
+// use taken: it replaces what was known, and what Plan booked on it. The engine
+// keeps w and changes it.
+func (e *Engine) SetWorker(w *Worker) {
+	m := e.byID[w.Id]
+	if m != nil && m.Owner != w.Owner {
+		e.RemoveWorker(w.Id)
+		m = nil
+	}
+	if m != nil && m.resting >= 0 {
+		e.resting.remove(m.resting)
+	}
+	switch {
+	case m == nil:
+		m = e.addMachine(w)
+	case sameFixed(m.Worker, w):
+		m.refresh(w)
+		e.touch(m)
+	default:
+		m.describe(e.names, w)
+		e.touch(m)
+		m.fixed = m.seq
+	}
+	if w.BackoffUntilUnixMs > e.now {
+		e.resting.push(m)
+	}
+	if len(e.names.kinds)+len(e.names.classOf) > e.limit {
+		e.rename()
+	}
+}
+
+func (e *Engine) addMachine(w *Worker) *machine {
+	m := &machine{owner: e.names.join(w.Owner), resting: -1}
+	if last := len(e.slots) - 1; last >= 0 {
+		m.slot, e.slots = e.slots[last], e.slots[:last]
+		e.machines[m.slot] = m
+	} else {
+		m.slot = int32(len(e.machines))
+		e.machines = append(e.machines, m)
+	}
+	m.describe(e.names, w)
+	e.byID[w.Id] = m
+	e.touch(m)
+	m.fixed = m.seq
+	return m
+}
+
+// RemoveWorker forgets a worker.
+func (e *Engine) RemoveWorker(id string) {
+	m := e.byID[id]
+	if m == nil {
+		return
+	}
+	if m.resting >= 0 {
+		e.resting.remove(m.resting)
+	}
+	delete(e.byID, id)
+	e.unlist(m)
+	e.machines[m.slot] = nil
+	for _, s := range e.list {
+		s.remove(e, m)
+	}
+	e.names.leave(m.owner)
+	e.slots = append(e.slots, m.slot)
+}
+
+// touch counts a machine as changed.
+func (e *Engine) touch(m *machine) {
+	e.unlist(m)
+	e.seq++
+	m.seq, m.newer, m.older = e.seq, nil, e.newest
+	if e.newest != nil {
+		e.newest.newer = m
+	}
+	e.newest = m
+}
+
+func (e *Engine) unlist(m *machine) {
+	if m.newer != nil {
+		m.newer.older = m.older
+	} else if e.newest == m {
+		e.newest = m.older
+	}
+	if m.older != nil {
+		m.older.newer = m.newer
+	}
+}
+
+// rename gives kinds of devices and classes new numbers, those in use only.
+func (e *Engine) rename() {
+	e.names.kinds, e.names.classes, e.names.classOf = map[kindKey]*kind{}, map[string]int32{}, nil
+	for _, m := range e.machines {
+		if m != nil {
+			m.describe(e.names, m.Worker)
+		}
+	}
+	for _, s := range e.list {
+		s.forget()
+	}
+	e.limit = max(minNames, 2*(len(e.names.kinds)+len(e.names.classOf)))
+}
+
+// SetJob says what could be placed of a job now: it replaces what was known and
+// what Plan booked of it. A job without any is removed. The engine changes
+// nothing of w.
+func (e *Engine) SetJob(w state.Work) {
+	if len(w.Requeued) == 0 && w.Next >= w.End && len(w.Checks) == 0 {
+		e.RemoveJob(w.Job.Id)
+		return
+	}
+	j := e.jobs[w.Job.Id]
+	if j != nil && j.Spec != w.Job.Spec {
+		e.RemoveJob(j.Id) // a change of the budget makes a new specification
+		j = nil
+	}
+	if j == nil {
+		j = e.addJob(w.Job)
+	}
+	j.Job = w.Job
+	if c := j.counts; c != nil {
+		for _, s := range c.decided {
+			e.spread(c, s, -1)
+		}
+		c.decided = c.decided[:0]
+	}
+	j.requeued, j.passed, j.next, j.end = w.Requeued, nil, w.Next, w.End
+	switch queued := j.tasks.lane != nil; {
+	case j.hasTasks() && !queued:
+		e.enqueue(j.tasks)
+	case !j.hasTasks() && queued:
+		e.dequeue(j.tasks)
+	}
+	e.setChecks(j, w.Checks)
+}
+
+func (e *Engine) addJob(of *musterpb.Job) *queuedJob {
+	j := &queuedJob{Job: of, digests: cacheable(of.Spec)}
+	j.tasks = &request{job: j}
+	key := shapeKey(j.Spec)
+	s := e.shapes[key]
+	if s == nil {
+		s = newShape(key, j.Spec)
+		e.shapes[key], e.list = s, append(e.list, s)
+	}
+	s.jobs++
+	j.shape, j.account = s, e.account(j.Account)
+	j.account.jobs++
+	j.orderKey = orderKey(of, j.digests)
+	if spreads(of) {
+		j.counts = e.countsOf(j.Id)
+	}
+	e.jobs[j.Id] = j
+	return j
+}
+
+func (e *Engine) setChecks(j *queuedJob, checks []state.WantedRun) {
+	if slices.EqualFunc(j.checks, checks, func(r *request, w state.WantedRun) bool { return sameRun(r.run, &w) }) {
+		return
+	}
+	for _, r := range j.checks {
+		e.dequeue(r)
+	}
+	j.checks = make([]*request, len(checks))
+	for i := range checks {
+		run := checks[i]
+		run.Parties = slices.Clip(run.Parties)
+		j.checks[i] = &request{job: j, run: &run, index: i}
+		if run.Unpaid == "" && run.Runs > 0 {
+			e.enqueue(j.checks[i])
+		}
+	}
+}
+
+func sameRun(a, b *state.WantedRun) bool {
+	return a.Check.Id == b.Check.Id && a.Class == b.Class && a.Runs == b.Runs && a.Unpaid == b.Unpaid && slices.Equal(a.Tried, b.Tried) &&
+		slices.EqualFunc(a.Parties, b.Parties, func(a, b *musterpb.Attempt) bool { return a.Worker == b.Worker && a.Batch == b.Batch })
+}
+
+// RemoveJob forgets what could be placed of a job.
+func (e *Engine) RemoveJob(id string) {
+	j := e.jobs[id]
+	if j == nil {
+		return
+	}
+	e.dequeue(j.tasks)
+	for _, r := range j.checks {
+		e.dequeue(r)
+	}
+	j.shape.jobs--
+	j.account.jobs--
+	delete(e.jobs, id)
+	e.dropAccount(j.account)
+	e.dropCounts(id)
+}
+
+func (e *Engine) account(name string) *account {
+	a := e.accounts[name]
+	if a == nil {
+		a = newAccount(name)
+		e.accounts[name] = a
+	}
+	return a
+}
+
+func (e *Engine) dropAccount(a *account) {
+	if a.jobs == 0 && a.units == 0 {
+		delete(e.accounts, a.name)
+	}
+}
+
+// SetUsage says how much an account has running, in units of attempts (see
+// state.Units). Plan adds to it what it decides.
+func (e *Engine) SetUsage(account string, units int64) {
+	a := e.accounts[account]
+	if a == nil && units == 0 {
+		return
+	}
+	a = e.account(account)
+	a.units = units
+	if a.pos >= 0 {
+		e.turns.fix(a.pos)
+	}
+	e.dropAccount(a)
+}
+
+// SetAttempt says how an attempt is now. Only those of jobs that spread are
+// counted; a call for another is free. After SetJob, all live attempts of the
+// job have to be known, since it forgets what Plan decided.
+func (e *Engine) SetAttempt(job *musterpb.Job, a *musterpb.Attempt) {
+	if !spreads(job) {
+		return
+	}
+	c := e.countsOf(job.Id)
+	_, known := c.live[a.Id]
+	running := a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED || a.State == musterpb.AttemptState_ATTEMPT_STATE_RUNNING
+	switch at := (spot{a.Worker, a.Owner}); {
+	case running && !known:
+		c.live[a.Id] = at
+		e.spread(c, at, 1)
+	case !running && known:
+		delete(c.live, a.Id)
+		e.spread(c, at, -1)
+	}
+	e.dropCounts(job.Id)
+}
+
+func spreads(job *musterpb.Job) bool {
+	return job.Spec.Placement.GetSpread() != musterpb.Spread_SPREAD_NONE
+}
+
+func (e *Engine) countsOf(job string) *counts {
+	c := e.counts[job]
+	if c == nil {
+		c = &counts{byWorker: map[string]int64{}, byOwner: map[string]int64{}, live: map[string]spot{}}
+		e.counts[job] = c
+	}
+	return c
+}
+
+func (e *Engine) dropCounts(job string) {
+	if c := e.counts[job]; c != nil && e.jobs[job] == nil && len(c.live) == 0 {
+		if c.order != nil {
+			c.order.drop()
+		}
+		delete(e.counts, job)
+	}
+}
+
+// spread counts an attempt of a job that spreads.
+func (e *Engine) spread(c *counts, at spot, n int64) {
+	c.add(at, n)
+	if m := e.byID[at.worker]; m != nil {
+		e.touch(m)
+	}
+}
+
+// Plan decides at most so many placements, and books them.
+//
+// The account that uses least goes first, one attempt at a time (max-min
+// fairness); within an account the jobs of highest priority, oldest first;
+// within a job its checks before its tasks, since they let owners be paid.
+func (e *Engine) Plan(nowUnixMS int64, most int) []Placement {
+	e.now, e.reviews = max(e.now, nowUnixMS), 0
+	e.wake()
+	e.restore()
+	e.reopen()
+	var out []Placement
+	for len(out) < most && len(e.turns.items) > 0 && e.reviews < maxReviews {
+		e.tick++
+		account := e.turns.items[0]
+		p, ok := e.turn(account.open.items[0])
+		if !ok {
+			continue // that lane is parked, or shorter
+		}
+		account.units += state.Units(p.Job.Spec.Resources)
+		if account.pos >= 0 {
+			e.turns.fix(account.pos)
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// wake counts the machines as changed whose rest is over.
+func (e *Engine) wake() {
+	for len(e.resting.items) > 0 && e.resting.items[0].BackoffUntilUnixMs <= e.now {
+		m := e.resting.items[0]
+		e.resting.remove(0)
+		e.touch(m)
+	}
+}
+
+// restore queues the tasks again that were passed over.
+func (e *Engine) restore() {
+	for _, j := range e.deferred {
+		if e.jobs[j.Id] == j && len(j.passed) > 0 {
+			j.requeued, j.passed = slices.Concat(j.passed, j.requeued), nil
+			if j.tasks.lane == nil {
+				e.enqueue(j.tasks)
+			}
+		}
+	}
+	clear(e.deferred)
+	e.deferred = e.deferred[:0]
+}
+
+// turn places the first request of a lane. Where it can't, the lane parks or
+// loses a request, so that trying again comes to an end.
+func (e *Engine) turn(l *lane) (Placement, bool) {
+	r := l.requests.items[0]
+	if r.run != nil {
+		return e.turnOfCheck(l, r)
+	}
+	j, s := r.job, r.job.shape
+	e.catchUp(s)
+	if s.total.ready == 0 {
+		e.park(l)
+		return Placement{}, false
+	}
+	for len(j.requeued) > 0 {
+		task := j.requeued[0]
+		j.requeued = j.requeued[1:]
+		// The same owner again would burn a retry, and could not show that the job
+		// is at fault: for that it has to fail in the same way elsewhere.
+		if task.Failures > 0 && s.otherOwnerIsBusy(e.names, task.AvoidOwners) {
+			if j.passed = append(j.passed, task); len(j.passed) == 1 {
+				e.deferred = append(e.deferred, j)
+			}
+			continue
+		}
+		return e.placeTask(j, task.Number, task.AvoidOwners), true
+	}
+	if j.next < j.end {
+		j.next++
+		return e.placeTask(j, j.next-1, nil), true
+	}
+	e.dequeue(r)
+	return Placement{}, false
+}
+
+// placeTask books a task on the best machine; there is one that is ready.
+func (e *Engine) placeTask(j *queuedJob, task uint32, avoid []string) Placement {
+	o := e.orderOf(j)
+	o.catchUp()
+	m := o.best(avoid)
+	p := e.book(j, m, noClass, j.Spec.Placement.GetAffinities())
+	p.Task = task
+	if c := j.counts; c != nil {
+		at := spot{m.Id, m.Owner}
+		c.decided = append(c.decided, at)
+		c.add(at, 1)
+	}
+	if !j.hasTasks() {
+		e.dequeue(j.tasks)
+	}
+	return p
+}
+
+func (e *Engine) orderOf(j *queuedJob) *order {
+	if j.order == nil || j.order.gone {
+		s := j.shape
+		if j.order = s.orders[j.orderKey]; j.order == nil {
+			e.makeRoom()
+			j.order = newOrder(e, s, j.orderKey, j.Job, j.digests, j.counts)
+			s.orders[j.orderKey] = j.order
+		}
+		if j.counts != nil {
+			j.counts.order = j.order
+		}
+	}
+	return j.order
+}
+
+func (e *Engine) turnOfCheck(l *lane, r *request) (Placement, bool) {
+	p := l.gate.pool
+	p.catchUp(e)
+	var seed []byte
+	if e.seed != nil {
+		seed = e.seed(r.run.Parties[0].Batch)
+	}
+	m := p.draw(e, r.run, seed)
+	if m == nil {
+		e.park(l)
+		return Placement{}, false
+	}
+	out := e.book(r.job, m, p.class, nil)
+	out.Task, out.Check = r.run.Parties[0].Task, r.run.Check
+	if slices.ContainsFunc(r.run.Parties, func(a *musterpb.Attempt) bool { return a.Owner == m.Owner }) {
+		out.Relaxed = "checked by another worker of the same owner, as verify.same_owner allows"
+	}
+	e.dequeue(r)
+	r.run.Parties = append(r.run.Parties, &musterpb.Attempt{Worker: m.Id, Owner: m.Owner})
+	if r.run.Runs--; r.run.Runs > 0 {
+		e.enqueue(r)
+	}
+	return out, true
+}
+
+// book takes from a machine that is ready what an attempt needs, of the given
+// class of devices unless that is noClass.
+func (e *Engine) book(j *queuedJob, m *machine, class int32, prefer []*musterpb.Affinity) Placement {
+	s := j.shape
+	p := Placement{Job: j.Job, Worker: m.Id, Devices: []string{}}
+	if n := s.gpus(); n > 0 {
+		devices, taken := preferred(m.devices, prefer), make([]int, 0, n)
+		if class == noClass && len(prefer) > 0 { // of the class that is preferred, if there are enough
+			if _, ok := s.pick(devices, noClass, true, &taken); !ok {
+				devices = m.devices
+			}
+			taken = taken[:0]
+		}
+		of, _ := s.pick(devices, class, true, &taken)
+		for _, i := range taken {
+			p.Devices = append(p.Devices, devices[i].uuid)
+		}
+		p.Class = e.names.classOf[of]
+	} else {
+		p.Class = e.names.classOf[s.at[m.slot].home]
+	}
+	m.take(s.spec.Resources, p.Devices)
+	e.touch(m)
+	return p
+}
+
+// preferred are the devices with those first whose model is preferred.
+func preferred(devices []device, affinities []*musterpb.Affinity) []device {
+	weight := func(d device) (sum int32) {
+		for _, a := range affinities {
+			if a.Attribute == "gpu" && isModel(d.kind.model, a.Value) {
+				sum += a.Weight
+			}
+		}
+		return sum
+	}
+	if !slices.ContainsFunc(affinities, func(a *musterpb.Affinity) bool { return a.Attribute == "gpu" }) {
+		return devices
+	}
+	devices = slices.Clone(devices)
+	slices.SortStableFunc(devices, func(a, b device) int { return cmp.Compare(weight(b), weight(a)) })
+	return devices
+}
+
+// catchUp takes up what changed since a shape was asked last.
+func (e *Engine) catchUp(s *shape) {
+	s.used = e.tick
+	if s.seen == 0 {
+		e.makeRoom()
+	}
+	for s.seen < e.seq { // a change may make others
+		since := s.seen
+		s.seen = e.seq
+		e.changed = e.changed[:0]
+		for m := e.newest; m != nil && m.seq > since; m = m.older {
+			e.changed = append(e.changed, m)
+		}
+		e.reviews += len(e.changed)
+		for _, m := range e.changed {
+			s.update(e, m)
+		}
+	}
+}
+
+// makeRoom drops indexes that were not used for longest while there are too
+// many, and constraints that no job has.
+func (e *Engine) makeRoom() {
+	for e.indexBytes() > maxIndexBytes && e.dropOldest() {
+	}
+	for len(e.list) > maxShapes && e.dropIdle() {
+	}
+}
+
+func (e *Engine) indexBytes() (n int) {
+	for _, s := range e.list {
+		n += len(s.at) * 16
+		for _, o := range s.orders {
+			n += len(o.at) * 88
+		}
+		for _, p := range s.pools {
+			n += len(p.at) * 8
+		}
+	}
+	return n
+}
+
+// dropOldest drops the shape or order that was used least recently, and not
+// for the decision at hand.
+func (e *Engine) dropOldest() bool {
+	used, drop := e.tick, func() {}
+	for _, s := range e.list {
+		if len(s.at) > 0 && s.used < used {
+			used, drop = s.used, s.forget
+		}
+		for _, o := range s.orders {
+			if o.used < used { // no two orders are used for one decision
+				used, drop = o.used, o.drop
+			}
+		}
+	}
+	drop()
+	return used < e.tick
+}
+
+// dropIdle forgets the shape without jobs that was used least recently.
+func (e *Engine) dropIdle() bool {
+	at := -1
+	for i, s := range e.list {
+		if s.jobs == 0 && s.used < e.tick && (at < 0 || s.used < e.list[at].used) {
+			at = i
+		}
+	}
+	if at < 0 {
+		return false
+	}
+	e.list[at].forget()
+	delete(e.shapes, e.list[at].key)
+	e.list = slices.Delete(e.list, at, at+1)
+	return true
+}
+
+// Workers are all workers that the engine knows, with what Plan booked.
+func (e *Engine) Workers() []*Worker {
+	list := make([]*Worker, 0, len(e.byID))
+	for _, m := range e.machines {
+		if m != nil {
+			list = append(list, m.Worker)
+		}
+	}
+	return list
+}
+
+// Explain says how many workers fail which constraint of a job's next task,
+// or of a check when run is given.
+func (e *Engine) Explain(nowUnixMS int64, job *musterpb.Job, run *state.WantedRun) *musterpb.ExplainJobResponse {
+	return Explain(nowUnixMS, e.Workers(), job, run)
+}
+
+// Possible reports whether any worker could take a run of a check, now or once
+// what it is busy with is over.
+func (e *Engine) Possible(job *musterpb.Job, run *state.WantedRun) bool {
+	return Possible(e.Workers(), job, run)
+}

@@ -1,0 +1,91 @@
+package worker
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/musternet/muster/api/musterpb"
+)
+
+func TestNewsTravelTogether(t *testing.T) {
+	n := newNews()
+	var signed []int
+	sign := func(commits ...*musterpb.Commit) { signed = append(signed, len(commits)) }
+	if m := n.take(sign); m != nil {
+		t.Errorf("there is nothing to say, and it says %v", m)
+	}
+	for i := range 3 {
+		n.sayStarted(fmt.Sprint(i))
+		n.sayEnded(&report{commit: &musterpb.Commit{Attempt: fmt.Sprint(i)}, blobs: [][]byte{{byte(i)}}})
+	}
+	n.sayEnded(&report{failed: &musterpb.AttemptFailed{Attempt: "3"}})
+	select {
+	case <-n.wake:
+	default:
+		t.Error("nobody was woken")
+	}
+	signed = nil
+	r := n.take(sign).GetReports()
+	if len(r.GetStarted()) != 3 || len(r.Commits) != 3 || len(r.Blobs) != 3 || len(r.Failed) != 1 || len(signed) != 1 || signed[0] != 3 {
+		t.Errorf("%v, signed %v; want all of it in one message with one signature", r, signed)
+	}
+	if m := n.take(sign); m != nil {
+		t.Errorf("%v is said twice", m)
+	}
+}
+
+func TestNewsAreBounded(t *testing.T) {
+	n := newNews()
+	sign := func(...*musterpb.Commit) {}
+	for i := range 5 {
+		n.sayEnded(&report{commit: &musterpb.Commit{Attempt: fmt.Sprint(i)}, blobs: [][]byte{make([]byte, maxReportsBytes/2)}})
+	}
+	n.sayEnded(&report{commit: &musterpb.Commit{Attempt: "5"}, blobs: [][]byte{make([]byte, 2*maxReportsBytes)}})
+	next := 0
+	for m := n.take(sign); m != nil; m = n.take(sign) {
+		commits := m.GetReports().Commits
+		if size := m.SizeVT(); size > maxReportsBytes+1000 && len(commits) > 1 {
+			t.Errorf("a message of %d results has %d bytes", len(commits), size)
+		}
+		for _, c := range commits {
+			if c.Attempt != fmt.Sprint(next) {
+				t.Errorf("result %s in the place of %d", c.Attempt, next)
+			}
+			next++
+		}
+	}
+	if next != 6 {
+		t.Errorf("%d of 6 results were said", next)
+	}
+	for i := range maxNews + 10 {
+		n.sayStarted(fmt.Sprint(i))
+	}
+	if got := len(n.take(sign).GetReports().Started); got != maxNews {
+		t.Errorf("%d starts waited, at most %d may", got, maxNews)
+	}
+}
+
+// A worker finds the new leader soon after an election, and does not storm a
+// cluster that stays away.
+func TestRedialPauses(t *testing.T) {
+	for range 100 {
+		var wait, total time.Duration
+		for range 8 {
+			last := wait
+			if wait = longer(wait); wait < minRedial/2 || wait > 2*last+2*minRedial {
+				t.Fatalf("a pause of %s after one of %s", wait, last)
+			}
+			total += wait
+		}
+		if total < 500*time.Millisecond || total > 10*time.Second {
+			t.Fatalf("8 pauses take %s", total)
+		}
+		for range 30 {
+			wait = longer(wait)
+		}
+		if wait > maxRedial || wait < maxRedial/2 {
+			t.Fatalf("the longest pause is %s", wait)
+		}
+	}
+}
