@@ -45,7 +45,8 @@ func (l *leader) sealLoop(ctx context.Context) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		l.sealRepeatedly(ctx, "merging sealed segments", every, func(ctx context.Context) (bool, error) { return l.mergeOnce(ctx, dir) })
+		since := map[string]time.Time{}
+		l.sealRepeatedly(ctx, "merging sealed segments", every, func(ctx context.Context) (bool, error) { return l.mergeOnce(ctx, dir, since) })
 	}()
 	l.sealRepeatedly(ctx, "sealing finished work", every, func(ctx context.Context) (bool, error) { return l.sealOnce(ctx, dir) })
 	<-done
@@ -257,14 +258,23 @@ func (l *leader) name(ctx context.Context, segment *musterpb.Segment, cmd *muste
 	return err
 }
 
-// mergeOnce merges neighbours, if there are enough of them. The replaced ones
-// are deleted by every scheduler for itself, see dropReplaced.
-func (l *leader) mergeOnce(ctx context.Context, dir string) (more bool, err error) {
-	run := archive.Mergeable(l.State.Segments())
-	if run == nil {
+// mergeOnce merges neighbours, if there are enough of them and every scheduler
+// had the time to see them: each deletes for itself what was replaced, see
+// dropReplaced. Since says when this one saw them first.
+func (l *leader) mergeOnce(ctx context.Context, dir string, since map[string]time.Time) (more bool, err error) {
+	began, segments := time.Now(), l.State.Segments()
+	for _, s := range segments {
+		if since[s.Digest].IsZero() {
+			since[s.Digest] = began
+		}
+	}
+	maps.DeleteFunc(since, func(digest string, _ time.Time) bool {
+		return !slices.ContainsFunc(segments, func(s *musterpb.Segment) bool { return s.Digest == digest })
+	})
+	run := archive.Mergeable(segments)
+	if run == nil || slices.ContainsFunc(run, func(s *musterpb.Segment) bool { return began.Sub(since[s.Digest]) < 10*l.dropEvery() }) {
 		return false, nil
 	}
-	began := time.Now()
 	_, segment, err := l.storeSegment(ctx, dir, func(w io.Writer) (*musterpb.Segment, error) { return archive.Merge(ctx, l.Blobs, run, w) })
 	if err != nil {
 		return false, err
@@ -281,12 +291,15 @@ func (l *leader) mergeOnce(ctx context.Context, dir string) (more bool, err erro
 	return true, nil
 }
 
+// dropEvery is how often a scheduler looks for segments that were replaced.
+func (s *Scheduler) dropEvery() time.Duration { return min(time.Second, s.Timing.SegmentGrace/10) }
+
 // dropReplaced deletes this scheduler's copies of segments that were merged
 // into others, once nobody can be reading them any more. It knows of those that
 // it saw in the state itself: a copy that was replaced shortly before a restart
 // stays.
 func (s *Scheduler) dropReplaced(ctx context.Context) error {
-	tick := time.NewTicker(min(time.Second, s.Timing.SegmentGrace))
+	tick := time.NewTicker(s.dropEvery())
 	defer tick.Stop()
 	var known []*musterpb.Segment
 	replaced := map[string]time.Time{}
