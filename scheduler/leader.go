@@ -14,15 +14,16 @@ import (
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/place"
+	"github.com/musternet/muster/scheduler/replica"
 	"github.com/musternet/muster/scheduler/state"
 	"github.com/musternet/muster/verify"
 )
 
 // Bounds of the leader's own work.
 const (
-	maxPlacements = 512 // of one round
-	maxExaminers  = 4   // results examined or compared at once
-	maxCompares   = 64  // examinations of one account's results, under way or waiting
+	maxPlacements = replica.MaxTogether // of one round
+	maxExaminers  = 4                   // results examined or compared at once
+	maxCompares   = 64                  // examinations of one account's results, under way or waiting
 	// maxAccountExaminers bounds how many of them work for one account's jobs, so
 	// that nobody's large results keep those of everybody else waiting.
 	maxAccountExaminers = 2

@@ -3,7 +3,6 @@ package worker
 import (
 	"fmt"
 	"testing"
-	"time"
 
 	"github.com/musternet/muster/api/musterpb"
 )
@@ -63,29 +62,5 @@ func TestNewsAreBounded(t *testing.T) {
 	}
 	if got := len(n.take(sign).GetReports().Started); got != maxNews {
 		t.Errorf("%d starts waited, at most %d may", got, maxNews)
-	}
-}
-
-// A worker finds the new leader soon after an election, and does not storm a
-// cluster that stays away.
-func TestRedialPauses(t *testing.T) {
-	for range 100 {
-		var wait, total time.Duration
-		for range 8 {
-			last := wait
-			if wait = longer(wait); wait < minRedial/2 || wait > 2*last+2*minRedial {
-				t.Fatalf("a pause of %s after one of %s", wait, last)
-			}
-			total += wait
-		}
-		if total < 500*time.Millisecond || total > 10*time.Second {
-			t.Fatalf("8 pauses take %s", total)
-		}
-		for range 30 {
-			wait = longer(wait)
-		}
-		if wait > maxRedial || wait < maxRedial/2 {
-			t.Fatalf("the longest pause is %s", wait)
-		}
 	}
 }

@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"math/rand/v2"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -121,7 +120,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
 	watching.Go(func() { w.watchGPUs(watchCtx) })
-	for wait := time.Duration(0); ; wait = longer(wait) {
+	for wait := time.Duration(0); ; wait = client.Redial(wait) {
 		began := time.Now()
 		err := w.connect(ctx)
 		if ctx.Err() != nil {
@@ -130,7 +129,7 @@ func (w *Worker) Run(ctx context.Context) error {
 		if refused := (*refusal)(nil); errors.As(err, &refused) {
 			return fmt.Errorf("the schedulers refuse this worker: %w", refused.err)
 		}
-		if time.Since(began) > maxRedial {
+		if time.Since(began) > client.MaxRedial {
 			wait = 0 // it was a good session; dial again at once
 		}
 		// During an election two schedulers may each name the other.
@@ -150,22 +149,9 @@ func (w *Worker) Run(ctx context.Context) error {
 	}
 }
 
-// minRedial and maxRedial are the shortest pause between two dials, after one at
-// once, and the longest; maxRedirect is that before the leader is dialled which
-// another scheduler named.
-const (
-	minRedial   = 50 * time.Millisecond
-	maxRedial   = 5 * time.Second
-	maxRedirect = 200 * time.Millisecond
-)
-
-// longer is the pause after one of the given length. It grows slowly, since an
-// election is over within a second, and by chance, since all workers begin to
-// dial at the same moment when a leader dies.
-func longer(wait time.Duration) time.Duration {
-	next := max(wait+wait/2, minRedial)
-	return min(next-next/4+rand.N(next/2), maxRedial)
-}
+// maxRedirect is the longest pause before the leader is dialled that another
+// scheduler named.
+const maxRedirect = 200 * time.Millisecond
 
 // stopAll ends what still runs and waits until nothing of it is left.
 func (w *Worker) stopAll() {

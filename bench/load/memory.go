@@ -97,4 +97,3 @@ func (w *world) heap(ctx context.Context) (float64, error) {
 	vars, err := w.net.Vars(ctx, leader, true)
 	return float64(vars.HeapBytes), err
 }
-

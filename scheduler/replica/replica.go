@@ -175,7 +175,8 @@ func raftConfig(cfg Config, hlog hclog.Logger) *raft.Config {
 	c := raft.DefaultConfig()
 	c.LocalID = raft.ServerID(cfg.ID)
 	c.Logger = hlog
-	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = timeout, timeout, timeout/2
+	// As long as its followers wait, so that a busy machine deposes nobody.
+	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = timeout, timeout, timeout
 	// How late an idle follower learns of a commit: it has to reveal soon.
 	c.CommitTimeout = 10 * time.Millisecond
 	c.MaxAppendEntries = 256

@@ -140,19 +140,15 @@ func newWorker(f *Fleet, i int) (*worker, error) {
 	}, nil
 }
 
-// The pauses between two dials, as real workers make them.
-const (
-	firstRedial = 100 * time.Millisecond
-	maxRedial   = 5 * time.Second
-	maxRedirect = 200 * time.Millisecond
-)
+// maxRedirect is that of real workers.
+const maxRedirect = 200 * time.Millisecond
 
 var errRedirected = errors.New("another scheduler leads")
 
 // run keeps a session until ctx ends.
 func (w *worker) run(ctx context.Context) error {
 	defer w.http.CloseIdleConnections()
-	for wait := time.Duration(0); ; wait = min(2*wait+firstRedial, maxRedial) {
+	for wait := time.Duration(0); ; wait = client.Redial(wait) {
 		began := time.Now()
 		err := w.session(ctx)
 		if ctx.Err() != nil {
@@ -161,7 +157,7 @@ func (w *worker) run(ctx context.Context) error {
 		if k := api.KindOf(err); connect.IsWireError(err) && (k == api.Denied || k == api.Unauthenticated || k == api.Invalid) {
 			return fmt.Errorf("%s is refused: %w", w.name, err)
 		}
-		if time.Since(began) > maxRedial {
+		if time.Since(began) > client.MaxRedial {
 			wait = 0
 		}
 		if errors.Is(err, errRedirected) {
