@@ -13,7 +13,6 @@ import (
 	"github.com/musternet/muster/api/blob"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/archive"
-	"github.com/musternet/muster/scheduler/ledger"
 )
 
 // What is finished stays in memory until one of these is reached. The oldest
@@ -166,59 +165,13 @@ func (l *leader) busyJobs() map[string]bool {
 // writeSegment writes what a seal takes out of the state. It returns nil where
 // another seal came first, and there is nothing to seal any more.
 func (l *leader) writeSegment(ctx context.Context, seal *musterpb.Seal, out io.Writer) (*musterpb.Segment, error) {
-	w := archive.NewWriter(out)
-	account := l.accountOfSide()
-	for r := range l.State.SealContent(seal) {
-		var err error
-		switch r := r.Record.(type) {
-		case *musterpb.SnapshotRecord_Job:
-			err = w.Job(r.Job)
-		case *musterpb.SnapshotRecord_Task:
-			err = w.Task(r.Task)
-		case *musterpb.SnapshotRecord_Attempt:
-			err = w.Attempt(r.Attempt)
-		case *musterpb.SnapshotRecord_Check:
-			err = w.Check(r.Check)
-		case *musterpb.SnapshotRecord_Transfer:
-			err = w.Transfer(r.Transfer, account(r.Transfer))
-		case *musterpb.SnapshotRecord_Batch:
-			err = w.Batch(r.Batch)
-		default:
-			err = api.Errorf(api.Internal, "a record of kind %T can't be sealed", r)
-		}
-		if err == nil {
-			err = ctx.Err()
-		}
-		if err != nil {
-			return nil, err
-		}
-	}
-	segment, err := w.Close()
-	if err != nil {
+	// A job does not leave before its transfers do, so its account is known.
+	account := func(job string) string { return l.State.Job(job).GetAccount() }
+	segment, err := archive.Write(ctx, out, l.State.SealContent(seal), account)
+	if err != nil || segment.Jobs != uint64(len(seal.Jobs)) || segment.LastTransfer != seal.ThroughTransfer || segment.LastEpoch != seal.ThroughEpoch {
 		return nil, err
 	}
-	if segment.Jobs != uint64(len(seal.Jobs)) || segment.LastTransfer != seal.ThroughTransfer || segment.LastEpoch != seal.ThroughEpoch {
-		return nil, nil
-	}
 	return segment, nil
-}
-
-// accountOfSide finds the account of the job whose money a transfer moves: the
-// job is in the state still, since it does not leave before its transfers do.
-func (l *leader) accountOfSide() func(*musterpb.Transfer) string {
-	var last, account string // what follows each other is often about one job
-	return func(t *musterpb.Transfer) string {
-		job, ok := ledger.JobOf(t.Debit)
-		if !ok {
-			if job, ok = ledger.JobOf(t.Credit); !ok {
-				return ""
-			}
-		}
-		if job != last {
-			last, account = job, l.State.Job(job).GetAccount()
-		}
-		return account
-	}
 }
 
 // storeSegment makes a durable blob of what write writes. Nothing is stored
