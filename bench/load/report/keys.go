@@ -2,6 +2,11 @@
 // the targets, and how they are shown.
 package report
 
+import (
+	"fmt"
+	"strings"
+)
+
 // Key is one figure of results.json.
 type Key struct {
 	Name    string
@@ -95,4 +100,18 @@ func stageKeys() []Key {
 			Key{Name: "stage_" + stage + "_ms_max", Unit: "ms", Meaning: "the same, the slowest"})
 	}
 	return list
+}
+
+// KeyTable is the table of all keys, as Markdown.
+func KeyTable() string {
+	var b strings.Builder
+	b.WriteString("| key | unit | target | meaning |\n|---|---|---|---|\n")
+	for _, k := range Keys {
+		target := ""
+		if k.Target > 0 {
+			target = k.sign() + " " + number(k.Target)
+		}
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", k.Name, k.Unit, target, k.Meaning)
+	}
+	return b.String()
 }
