@@ -87,7 +87,7 @@ func newLeader(ctx context.Context, s *Scheduler) *leader {
 func (l *leader) run(ctx context.Context) {
 	l.grantLeases(l.State.LiveAttempts())
 	var loops sync.WaitGroup
-	for _, loop := range []func(context.Context){l.placeLoop, l.leaseLoop, l.batchLoop, l.compareLoop} {
+	for _, loop := range []func(context.Context){l.placeLoop, l.leaseLoop, l.batchLoop, l.compareLoop, l.sealLoop} {
 		loops.Go(func() { loop(ctx) })
 	}
 	loops.Wait()
@@ -149,8 +149,8 @@ func (l *leader) assignment(a *musterpb.Attempt) assignment {
 // after the commits.
 func (l *leader) seedOf(epoch uint64) []byte {
 	batches := l.State.Batches(epoch-1, 1)
-	if len(batches) == 0 {
-		return nil
+	if len(batches) == 0 || batches[0].Epoch != epoch {
+		return nil // no check that waits is of a batch that was sealed
 	}
 	if len(batches[0].Seed) > 0 {
 		return batches[0].Seed

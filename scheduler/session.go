@@ -322,10 +322,10 @@ func (l *leader) mayContinue(worker, id string) bool {
 		if a.Check != "" {
 			// Its result is refused, as that of work is when another came first.
 			// Stopping it at once, and not work, would tell the two apart.
-			verdict := l.State.Check(a.Check).Verdict
+			verdict := l.State.Check(a.Check).GetVerdict()
 			return verdict == musterpb.Verdict_VERDICT_UNSPECIFIED || verdict == musterpb.Verdict_VERDICT_AWAITING_DATA
 		}
-		return !state.Ended(job.State) && task.Result == ""
+		return job != nil && !state.Ended(job.State) && task.GetResult() == ""
 	}
 	return false
 }
