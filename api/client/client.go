@@ -43,7 +43,7 @@ type Config struct {
 type Client struct {
 	musterpbconnect.MusterClient
 	config Config
-	http   *http.Client
+	blobs  *http.Client
 }
 
 // New makes a client; it does not call the cluster yet.
@@ -55,7 +55,7 @@ func New(cfg Config) (*Client, error) {
 		cfg.Patience = 15 * time.Second
 	}
 	base := NewTransport()
-	c := &Client{config: cfg, http: &http.Client{Transport: base}}
+	c := &Client{config: cfg, blobs: &http.Client{Transport: NewBlobTransport()}}
 	rpc := &http.Client{Transport: &failover{base: base, addresses: cfg.Addresses, patience: cfg.Patience}}
 	c.MusterClient = musterpbconnect.NewMusterClient(rpc, BaseURL(cfg.Addresses[0]), Bearer(cfg.Key), Compression())
 	return c, nil
@@ -74,7 +74,7 @@ func BaseURL(address string) string {
 
 // Blobs is the cluster's blob store.
 func (c *Client) Blobs() *blob.HTTP {
-	return Blobs(c.http, c.config.Key, func() []string { return c.config.Addresses })
+	return Blobs(c.blobs, c.config.Key, func() []string { return c.config.Addresses })
 }
 
 // Blobs is the blob store behind schedulers' addresses.
@@ -131,6 +131,26 @@ func NewTransport() *http.Transport {
 	t.Protocols = new(http.Protocols)
 	t.Protocols.SetUnencryptedHTTP2(true)
 	t.HTTP2 = &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second}
+	return t
+}
+
+// NewBlobTransport is the HTTP transport for blobs: HTTP/1.1, where a transfer
+// has a connection of its own. In HTTP/2 as net/http has it, frames of 16 KiB
+// and two windows of flow control take three times the CPU, and a large transfer
+// delays the calls that share its connection. Probes find a dead connection that
+// waits for an answer within half a minute; a transfer that stands still is the
+// store's to notice.
+func NewBlobTransport() *http.Transport {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.Proxy = nil
+	t.DialContext = (&net.Dialer{Timeout: dialWithin, KeepAliveConfig: net.KeepAliveConfig{
+		Enable: true, Idle: 10 * time.Second, Interval: 5 * time.Second, Count: 3,
+	}}).DialContext
+	t.Protocols = new(http.Protocols)
+	t.Protocols.SetHTTP1(true)
+	t.DisableCompression = true
+	t.MaxIdleConnsPerHost, t.MaxConnsPerHost = 8, 64
+	t.IdleConnTimeout = 30 * time.Second
 	return t
 }
 

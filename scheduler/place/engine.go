@@ -55,6 +55,10 @@ type Engine struct {
 	accounts map[string]*account
 	turns    heap[*account] // that have something which may be placed
 	closed   []*gate        // that lanes park at
+
+	kept     []kept
+	booked   []booked // in this round
+	patience int64    // keepAfterMS, or another for tests
 }
 
 // NewEngine is an engine that knows nothing yet. Seed draws the checkers of a
@@ -62,7 +66,7 @@ type Engine struct {
 func NewEngine(seed func(epoch uint64) []byte) *Engine {
 	e := &Engine{
 		seed: seed, names: newNames(), limit: minNames, byID: map[string]*machine{}, shapes: map[string]*shape{}, jobs: map[string]*queuedJob{},
-		counts: map[string]*counts{}, accounts: map[string]*account{},
+		counts: map[string]*counts{}, accounts: map[string]*account{}, patience: keepAfterMS,
 	}
 	e.resting = heap[*machine]{
 		less: func(a, b *machine) bool {
@@ -130,6 +134,7 @@ func (e *Engine) RemoveWorker(id string) {
 	if m.resting >= 0 {
 		e.resting.remove(m.resting)
 	}
+	e.forgetKept(m)
 	delete(e.byID, id)
 	e.unlist(m)
 	e.machines[m.slot] = nil
@@ -359,8 +364,9 @@ func (e *Engine) Plan(nowUnixMS int64, most int) []Placement {
 	e.now, e.reviews = max(e.now, nowUnixMS), 0
 	e.wake()
 	e.restore()
+	e.booked = e.booked[:0]
+	out := e.useKept(nil, most)
 	e.reopen()
-	var out []Placement
 	for len(out) < most && len(e.turns.items) > 0 && e.reviews < maxReviews {
 		e.tick++
 		account := e.turns.items[0]
@@ -368,13 +374,19 @@ func (e *Engine) Plan(nowUnixMS int64, most int) []Placement {
 		if !ok {
 			continue // that lane is parked, or shorter
 		}
-		account.units += state.Units(p.Job.Spec.Resources)
-		if account.pos >= 0 {
-			e.turns.fix(account.pos)
-		}
+		e.charge(account, p)
 		out = append(out, p)
 	}
+	e.keep()
 	return out
+}
+
+// charge adds what was placed to what an account has running.
+func (e *Engine) charge(a *account, p Placement) {
+	a.units += state.Units(p.Job.Spec.Resources)
+	if a.pos >= 0 {
+		e.turns.fix(a.pos)
+	}
 }
 
 // wake counts the machines as changed whose rest is over.
@@ -439,7 +451,8 @@ func (e *Engine) placeTask(j *queuedJob, task uint32, avoid []string) Placement 
 	o := e.orderOf(j)
 	o.catchUp()
 	m := o.best(avoid)
-	p := e.book(j, m, noClass, j.Spec.Placement.GetAffinities())
+	j.tasks.lane.since = 0
+	p := e.book(j.tasks, m, noClass, j.Spec.Placement.GetAffinities())
 	p.Task = task
 	if c := j.counts; c != nil {
 		at := spot{m.Id, m.Owner}
@@ -479,7 +492,7 @@ func (e *Engine) turnOfCheck(l *lane, r *request) (Placement, bool) {
 		e.park(l)
 		return Placement{}, false
 	}
-	out := e.book(r.job, m, p.class, nil)
+	out := e.book(r, m, p.class, nil)
 	out.Task, out.Check = r.run.Parties[0].Task, r.run.Check
 	if slices.ContainsFunc(r.run.Parties, func(a *musterpb.Attempt) bool { return a.Owner == m.Owner }) {
 		out.Relaxed = "checked by another worker of the same owner, as verify.same_owner allows"
@@ -494,8 +507,8 @@ func (e *Engine) turnOfCheck(l *lane, r *request) (Placement, bool) {
 
 // book takes from a machine that is ready what an attempt needs, of the given
 // class of devices unless that is noClass.
-func (e *Engine) book(j *queuedJob, m *machine, class int32, prefer []*musterpb.Affinity) Placement {
-	s := j.shape
+func (e *Engine) book(r *request, m *machine, class int32, prefer []*musterpb.Affinity) Placement {
+	j, s := r.job, r.job.shape
 	p := Placement{Job: j.Job, Worker: m.Id, Devices: []string{}}
 	if n := s.gpus(); n > 0 {
 		devices, taken := preferred(m.devices, prefer), make([]int, 0, n)
@@ -515,6 +528,7 @@ func (e *Engine) book(j *queuedJob, m *machine, class int32, prefer []*musterpb.
 	}
 	m.take(s.spec.Resources, p.Devices)
 	e.touch(m)
+	e.booked = append(e.booked, booked{slot: m.slot, gpus: s.gpus() > 0, request: r, units: j.account.units})
 	return p
 }
 

@@ -60,6 +60,7 @@ type lane struct {
 	requests heap[*request]
 	pos      int // among the account's lanes that may go on, -1 elsewhere
 	parked   bool
+	since    int64 // when others went past it first, since it was served; 0 when none did
 }
 
 // gate is what lanes park at: a shape for tasks, a pool for checks.

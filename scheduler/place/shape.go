@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/state"
 )
 
 // shape is what jobs with identical constraints have in common: the machines
@@ -154,11 +155,25 @@ func (s *shape) home(n *names, m *machine) (int32, bool) {
 	return s.pick(m.devices, noClass, false, nil)
 }
 
-// open reports whether a machine that suits has the time, and everything but
+func (s *shape) units() int64 { return state.Units(s.spec.Resources) }
+
+// open reports whether a machine that suits may be used, and has everything but
 // devices, for an attempt.
-func (s *shape) open(nowUnixMS int64, m *machine) bool {
+func (s *shape) open(nowUnixMS int64, m *machine) bool { return m.kept == nil && s.room(nowUnixMS, m) }
+
+// fits reports whether a machine that suits has all that an attempt needs.
+func (s *shape) fits(nowUnixMS int64, m *machine) bool {
+	if s.gpus() > 0 {
+		if _, ok := s.pick(m.devices, noClass, true, nil); !ok {
+			return false
+		}
+	}
+	return s.room(nowUnixMS, m)
+}
+
+func (s *shape) room(nowUnixMS int64, m *machine) bool {
 	r := s.spec.Resources
-	return m.BackoffUntilUnixMs <= nowUnixMS && m.kept == nil &&
+	return m.BackoffUntilUnixMs <= nowUnixMS &&
 		m.FreeMilliCPUs >= r.GetMilliCpus() && m.FreeMemoryBytes >= r.GetMemoryBytes() && m.FreeDiskBytes >= r.GetDiskBytes()
 }
 
@@ -179,13 +194,8 @@ func (s *shape) update(e *Engine, m *machine) {
 	state := unfit
 	if at.home != noClass {
 		state = waiting
-		if s.open(e.now, m) {
+		if m.kept == nil && s.fits(e.now, m) {
 			state = ready
-			if s.gpus() > 0 {
-				if _, ok := s.pick(m.devices, noClass, true, nil); !ok {
-					state = waiting
-				}
-			}
 		}
 	}
 	s.count(at, m.owner, state)

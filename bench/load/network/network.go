@@ -326,7 +326,12 @@ func (p *Process) Stop() error {
 	select {
 	case <-p.done:
 	case <-time.After(startWithin):
-		p.Kill()
+		_ = p.cmd.Process.Signal(syscall.SIGQUIT) // its log shows what it was doing
+		select {
+		case <-p.done:
+		case <-time.After(5 * time.Second):
+			p.Kill()
+		}
 		return fmt.Errorf("muster %s did not stop within %s\n%s", p.cmd.Args[1], startWithin, p.tail())
 	}
 	if p.err != nil {
