@@ -61,6 +61,10 @@ type Spec struct {
 	// Network gives the job the owner's default network. Off: loopback only.
 	Network bool
 
+	// Started, if set, is called once, when the program has started to run: not
+	// before, and not for one that never did. Run goes on once it returns.
+	Started func()
+
 	// Logs receives stdout and stderr, interleaved as written. May be nil.
 	// Writes come from one goroutine at a time and stop before Run returns.
 	Logs io.Writer
