@@ -183,16 +183,13 @@ func (b *bench) missing(m measurement, why string) {
 	}
 }
 
-// simKeys are measured by bench/sim.
-var simKeys = []string{"spread_over_pack", "place_growth_10k"}
-
 // finish shows and writes what was measured.
 func (b *bench) finish(ctx context.Context) error {
 	if b.sim != "" {
 		text, err := os.ReadFile(b.sim)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			b.results.Missing("bench/sim left no results", simKeys...)
+			b.results.Missing("bench/sim left no results", report.SimKeys()...)
 		case err != nil:
 			return err
 		default:

@@ -33,7 +33,7 @@ type network struct {
 	running  runHeap
 	attempts int
 
-	placing   time.Duration // what the engine took, real time
+	placing   time.Duration // what the engine took
 	decisions int
 	refused   int
 	refusal   error // the last
@@ -217,10 +217,10 @@ const maxPlacements = 512
 // lets it decide, and proposes. It returns how many attempts were placed.
 func (n *network) place() (placed int) {
 	told := n.changes()
-	start := time.Now()
+	start := cpuTime()
 	told.tell(n.engine)
 	plan := n.engine.Plan(n.nowMS, maxPlacements)
-	n.placing += time.Since(start)
+	n.placing += cpuTime() - start
 	n.decisions += len(plan)
 	cmds := make([]*musterpb.Command, len(plan))
 	for i, p := range plan {

@@ -73,7 +73,38 @@ var Keys = append([]Key{
 	{Name: "snapshot_pause_ms_1m_tasks", Unit: "ms", Meaning: "snapshot_pause_ms with 1,000,000 live tasks and as many attempts"},
 	{Name: "blob_mib_per_s", Unit: "MiB/s", Meaning: "1 GiB from the submitter through a scheduler to a worker's disk"},
 	{Name: "blob_copy_mib_per_s", Unit: "MiB/s", Meaning: "the plain copy that it is compared with"},
-}, stageKeys()...)
+}, append(stageKeys(), simKeys...)...)
+
+// simKeys are those of bench/sim that have no target.
+var simKeys = []Key{
+	{Name: "sim_decision_ns_100", Unit: "ns", Meaning: "CPU per placement decision with 100 workers, what the engine hears of changes included (bench/sim)"},
+	{Name: "sim_decision_ns_1000", Unit: "ns", Meaning: "the same with 1,000 workers"},
+	{Name: "sim_decision_ns_10000", Unit: "ns", Meaning: "the same with 10,000 workers"},
+	{Name: "sim_decision_ns_50000", Unit: "ns", Meaning: "the same with 50,000 workers"},
+	{Name: "sim_decisions_per_s", Unit: "1/s", Meaning: "decisions per second of CPU with 50,000 workers, with all commands of an attempt's life applied"},
+	{Name: "sim_queued_items", Unit: "items", Meaning: "items that waited while that was measured"},
+	{Name: "sim_pack_ns", Unit: "ns", Meaning: "CPU per decision, plain packing, 5,000 workers"},
+	{Name: "sim_spread_ns", Unit: "ns", Meaning: "the same where every job has spread and affinities"},
+	{Name: "sim_jain", Unit: "index", Meaning: "Jain's index of the GPU time of equal customers with different work; 1 is equal shares"},
+	{Name: "sim_gpu_used_share", Unit: "share", Meaning: "GPU time in use, of all there is, while work waits"},
+	{Name: "sim_makespan_over_bound", Unit: "ratio", Meaning: "time for a finite load over the least that its GPU time could take"},
+	{Name: "sim_longest_wait_s_gpu1", Unit: "s", Meaning: "longest time in which nothing of a customer's tasks of 1 GPU was placed (virtual time)"},
+	{Name: "sim_longest_wait_s_gpu1-24gb", Unit: "s", Meaning: "the same, 1 GPU of 24 GB"},
+	{Name: "sim_longest_wait_s_gpu1-80gb", Unit: "s", Meaning: "the same, 1 GPU of 80 GB"},
+	{Name: "sim_longest_wait_s_gpu1-4090", Unit: "s", Meaning: "the same, 1 RTX 4090"},
+	{Name: "sim_longest_wait_s_gpu2", Unit: "s", Meaning: "the same, 2 GPUs"},
+	{Name: "sim_longest_wait_s_gpu4", Unit: "s", Meaning: "the same, 4 GPUs"},
+	{Name: "sim_longest_wait_s_gpu8", Unit: "s", Meaning: "the same, 8 GPUs of 80 GB"},
+}
+
+// SimKeys are measured by bench/sim.
+func SimKeys() []string {
+	list := []string{"spread_over_pack", "place_growth_10k"}
+	for _, k := range simKeys {
+		list = append(list, k.Name)
+	}
+	return list
+}
 
 // Stages are the stages of a task's life, in order.
 var Stages = []string{"submit", "place", "start", "commit", "draw", "verdict", "post"}
