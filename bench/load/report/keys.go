@@ -4,6 +4,7 @@ package report
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -73,35 +74,30 @@ var Keys = append([]Key{
 	{Name: "snapshot_pause_ms_1m_tasks", Unit: "ms", Meaning: "snapshot_pause_ms with 1,000,000 live tasks and as many attempts"},
 	{Name: "blob_mib_per_s", Unit: "MiB/s", Meaning: "1 GiB from the submitter through a scheduler to a worker's disk"},
 	{Name: "blob_copy_mib_per_s", Unit: "MiB/s", Meaning: "the plain copy that it is compared with"},
-}, append(stageKeys(), simKeys...)...)
+}, slices.Concat(stageKeys(), simKeys())...)
 
-// simKeys are those of bench/sim that have no target.
-var simKeys = []Key{
-	{Name: "sim_decision_ns_100", Unit: "ns", Meaning: "CPU per placement decision with 100 workers, what the engine hears of changes included (bench/sim)"},
-	{Name: "sim_decision_ns_1000", Unit: "ns", Meaning: "the same with 1,000 workers"},
-	{Name: "sim_decision_ns_10000", Unit: "ns", Meaning: "the same with 10,000 workers"},
-	{Name: "sim_decision_ns_50000", Unit: "ns", Meaning: "the same with 50,000 workers"},
-	{Name: "sim_decisions_per_s", Unit: "1/s", Meaning: "decisions per second of CPU with 50,000 workers, with all commands of an attempt's life applied"},
-	{Name: "sim_queued_items", Unit: "items", Meaning: "items that waited while that was measured"},
-	{Name: "sim_pack_ns", Unit: "ns", Meaning: "CPU per decision, plain packing, 5,000 workers"},
-	{Name: "sim_spread_ns", Unit: "ns", Meaning: "the same where every job has spread and affinities"},
-	{Name: "sim_jain", Unit: "index", Meaning: "Jain's index of the GPU time of equal customers with different work; 1 is equal shares"},
-	{Name: "sim_gpu_used_share", Unit: "share", Meaning: "GPU time in use, of all there is, while work waits"},
-	{Name: "sim_makespan_over_bound", Unit: "ratio", Meaning: "time for a finite load over the least that its GPU time could take"},
-	{Name: "sim_longest_wait_s_gpu1", Unit: "s", Meaning: "longest time in which nothing of a customer's tasks of 1 GPU was placed (virtual time)"},
-	{Name: "sim_longest_wait_s_gpu1-24gb", Unit: "s", Meaning: "the same, 1 GPU of 24 GB"},
-	{Name: "sim_longest_wait_s_gpu1-80gb", Unit: "s", Meaning: "the same, 1 GPU of 80 GB"},
-	{Name: "sim_longest_wait_s_gpu1-4090", Unit: "s", Meaning: "the same, 1 RTX 4090"},
-	{Name: "sim_longest_wait_s_gpu2", Unit: "s", Meaning: "the same, 2 GPUs"},
-	{Name: "sim_longest_wait_s_gpu4", Unit: "s", Meaning: "the same, 4 GPUs"},
-	{Name: "sim_longest_wait_s_gpu8", Unit: "s", Meaning: "the same, 8 GPUs of 80 GB"},
-}
+// SimSizes are the numbers of workers with which bench/sim measures decisions.
+var SimSizes = []int{100, 1000, 10_000, 50_000}
 
-// SimKeys are measured by bench/sim.
-func SimKeys() []string {
-	list := []string{"spread_over_pack", "place_growth_10k"}
-	for _, k := range simKeys {
-		list = append(list, k.Name)
+// simWaits are the kinds of jobs whose waiting bench/sim watches: GPUs of an
+// attempt, and what they must be.
+var simWaits = []string{"gpu1", "gpu1-24gb", "gpu1-4090", "gpu1-80gb", "gpu2", "gpu4", "gpu8"}
+
+func simKeys() []Key {
+	list := []Key{
+		{Name: "sim_decisions_per_s", Unit: "decisions/s", Meaning: "bench/sim: placements per second, decided and applied, of the largest network"},
+		{Name: "sim_queued_items", Unit: "items", Meaning: "bench/sim: items that wait meanwhile"},
+		{Name: "sim_pack_ns", Unit: "ns", Meaning: "bench/sim: cost of a decision that packs, 5,000 workers"},
+		{Name: "sim_spread_ns", Unit: "ns", Meaning: "bench/sim: the same with spread and affinity"},
+		{Name: "sim_jain", Unit: "ratio", Meaning: "bench/sim: fairness between accounts that want the same (Jain index; 1 is even)"},
+		{Name: "sim_gpu_used_share", Unit: "ratio", Meaning: "bench/sim: share of the GPUs' time that is used while work waits"},
+		{Name: "sim_makespan_over_bound", Unit: "ratio", Meaning: "bench/sim: time until a fixed amount of work is done over a lower bound of it"},
+	}
+	for _, n := range SimSizes {
+		list = append(list, Key{Name: fmt.Sprintf("sim_decision_ns_%d", n), Unit: "ns", Meaning: fmt.Sprintf("bench/sim: cost of a decision with %d workers", n)})
+	}
+	for _, kind := range simWaits {
+		list = append(list, Key{Name: "sim_longest_wait_s_" + kind, Unit: "s", Meaning: "bench/sim: longest wait of an attempt of that kind, in virtual time"})
 	}
 	return list
 }
