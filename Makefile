@@ -91,7 +91,7 @@ bench: build ## measure, in under ten minutes: the table, bench/out, a line of b
 	@if [ "$(MUSTER_SKIP_DOCKER)" = 1 ]; then echo "MUSTER_SKIP_DOCKER=1: no container engine is set up"; \
 	else deploy/dev/docker-engine.sh || echo "no container engine: what it would start is not measured"; fi
 	@rm -f bench/out/sim.json
-	@if [ -d bench/sim ]; then go run ./bench/sim --json bench/out/sim.json; fi
+	go run ./bench/sim $(if $(findstring --full,$(BENCH)),,-quick) -out bench/out/sim.json
 	go run ./bench/load --binary bin/muster --out bench/out --sim bench/out/sim.json --history bench/history.jsonl $(BENCH)
 
 FUZZTIME ?= 30s

@@ -183,8 +183,8 @@ func (b *bench) missing(m measurement, why string) {
 	}
 }
 
-// simKeys are measured by bench/sim.
-var simKeys = []string{"spread_over_pack", "place_growth_10k"}
+// simMeasures are the keys that bench/sim measures.
+var simMeasures = measurement{name: "sim", keys: []string{"spread_over_pack", "place_growth_10k", "sim_"}}
 
 // finish shows and writes what was measured.
 func (b *bench) finish(ctx context.Context) error {
@@ -192,7 +192,7 @@ func (b *bench) finish(ctx context.Context) error {
 		text, err := os.ReadFile(b.sim)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			b.results.Missing("bench/sim left no results", simKeys...)
+			b.missing(simMeasures, "bench/sim left no results")
 		case err != nil:
 			return err
 		default:

@@ -32,6 +32,7 @@ var (
 func (r *Results) Charts(dir string) error {
 	for name, draw := range map[string]func() (*plot.Plot, error){
 		"stages.svg": r.stagesChart, "latency.svg": r.latencyChart, "limit.svg": r.limitChart, "growth.svg": r.growthChart, "cpu.svg": r.cpuChart,
+		"placement.svg": r.placementChart,
 	} {
 		path := filepath.Join(dir, name)
 		p, err := draw()
@@ -151,5 +152,30 @@ func (r *Results) latencyChart() (*plot.Plot, error) {
 	if !drawn {
 		return nil, nil
 	}
+	return p, nil
+}
+
+// placementChart is what a decision costs as the network grows.
+func (r *Results) placementChart() (*plot.Plot, error) {
+	p := plot.New()
+	p.Title.Text, p.X.Label.Text, p.Y.Label.Text = "Cost of a placement decision", "workers", "ns"
+	p.X.Scale, p.X.Tick.Marker = plot.LogScale{}, plot.LogTicks{Prec: -1}
+	p.Y.Min = 0
+	p.Add(plotter.NewGrid())
+	var points plotter.XYs
+	for _, n := range SimSizes {
+		if v, ok := r.Get(fmt.Sprintf("sim_decision_ns_%d", n)); ok {
+			points = append(points, plotter.XY{X: float64(n), Y: v})
+		}
+	}
+	if len(points) < 2 {
+		return nil, nil
+	}
+	line, dots, err := plotter.NewLinePoints(points)
+	if err != nil {
+		return nil, err
+	}
+	line.Color, dots.Color = blue, blue
+	p.Add(line, dots)
 	return p, nil
 }

@@ -98,7 +98,7 @@ func TestCharts(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if want := map[bool]int{true: 5, false: 0}[r == full]; len(files) != want {
+		if want := map[bool]int{true: 6, false: 0}[r == full]; len(files) != want {
 			t.Errorf("%d charts, want %d", len(files), want)
 		}
 	}
