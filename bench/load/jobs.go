@@ -180,13 +180,7 @@ func (j *jobs) ask(ctx context.Context, job *job) (*musterpb.Job, error) {
 
 // detail is a job with its attempts and checks.
 func (j *jobs) detail(ctx context.Context, job *job) (*musterpb.GetJobResponse, error) {
-	resp, err := patiently(ctx, func() (*connect.Response[musterpb.GetJobResponse], error) {
-		return job.client.GetJob(ctx, connect.NewRequest(&musterpb.GetJobRequest{Job: *job.id.Load(), Detail: true}))
-	})
-	if err != nil {
-		return nil, err
-	}
-	return resp.Msg, nil
+	return patiently(ctx, func() (*musterpb.GetJobResponse, error) { return job.client.Detail(ctx, *job.id.Load()) })
 }
 
 // tries is how often a call is made whose scheduler is killed while it answers.
