@@ -148,6 +148,9 @@ func (w *world) measure(ctx context.Context) (s span, err error) {
 	if err != nil {
 		return s, err
 	}
+	if now, err := w.net.Leader(ctx); err != nil || now != s.leader {
+		return s, errors.Join(err, fmt.Errorf("scheduler %d led at the start of the measurement, %d at its end: the machine is too busy for a steady state", s.leader, now))
+	}
 	s.after, s.through = from.applied, to.applied
 	s.seconds, s.tasks = to.at.Sub(from.at).Seconds(), float64(to.verified-from.verified)
 	if s.tasks == 0 {
