@@ -710,3 +710,116 @@ func TestTrafficIsBounded(t *testing.T) {
 		t.Errorf("%d callers are remembered", len(tr.callers))
 	}
 }
+
+// A fetch into the cache goes on after a restart; what nobody comes back for
+// does not stay for ever.
+func TestCacheKeepsParts(t *testing.T) {
+	content := random(3<<20, 11)
+	digest := api.DigestOf(content)
+	m := &Memory{}
+	if _, err := m.Put(t.Context(), digest, bytes.NewReader(content), NoLimit); err != nil {
+		t.Fatal(err)
+	}
+	down := errors.New("the line broke")
+	dir := t.TempDir()
+	var begun string
+	fetch := func(store Store) func(string) error {
+		return func(dst string) error {
+			begun = dst
+			_, err := Fetch(t.Context(), store, digest, dst, NoLimit)
+			return err
+		}
+	}
+	c, err := OpenCache(dir, 8<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := c.Get(t.Context(), digest, fetch(breaking{m, 2 << 20, api.Errorf(api.Unavailable, "%w", down)})); !errors.Is(err, down) {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(PartOf(begun)); err != nil || info.Size() != 2<<20 {
+		t.Fatalf("%v %v", info, err)
+	}
+	stale, large := filepath.Join(dir, "tmp", "stale"+partSuffix), filepath.Join(dir, "tmp", "large"+partSuffix)
+	for _, name := range []string{stale, large, filepath.Join(dir, "tmp", "7")} {
+		if err := os.WriteFile(name, random(3<<20, 12), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	now := time.Now()
+	for name, age := range map[string]time.Duration{stale: partExpires + time.Minute, large: time.Hour} {
+		if err := os.Chtimes(name, now.Add(-age), now.Add(-age)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if c, err = OpenCache(dir, 8<<20); err != nil {
+		t.Fatal(err)
+	}
+	left, err := os.ReadDir(filepath.Join(dir, "tmp"))
+	if err != nil || len(left) != 1 || left[0].Name() != filepath.Base(PartOf(begun)) {
+		t.Errorf("left: %v %v", left, err)
+	}
+	path, release, err := c.Get(t.Context(), digest, fetch(from{m, 2 << 20}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	if b, err := os.ReadFile(path); err != nil || !bytes.Equal(b, content) {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+}
+
+// breaking is a store whose readers break after some bytes.
+type breaking struct {
+	Store
+	after int64
+	err   error
+}
+
+func (b breaking) Open(ctx context.Context, digest api.Digest) (Reader, error) {
+	r, err := b.Store.Open(ctx, digest)
+	return &breakingReader{r, b.after, b.err}, err
+}
+
+type breakingReader struct {
+	Reader
+	left int64
+	err  error
+}
+
+func (r *breakingReader) Read(p []byte) (int, error) {
+	if r.left == 0 {
+		return 0, r.err
+	}
+	n, err := r.Reader.Read(p[:min(int64(len(p)), r.left)])
+	r.left -= int64(n)
+	return n, err
+}
+
+// from is a store that must not be asked for what comes before.
+type from struct {
+	Store
+	offset int64
+}
+
+func (f from) Open(ctx context.Context, digest api.Digest) (Reader, error) {
+	r, err := f.Store.Open(ctx, digest)
+	return &fromReader{r, f.offset, 0}, err
+}
+
+type fromReader struct {
+	Reader
+	offset, at int64
+}
+
+func (r *fromReader) Seek(offset int64, whence int) (n int64, err error) {
+	r.at, err = r.Reader.Seek(offset, whence)
+	return r.at, err
+}
+
+func (r *fromReader) Read(p []byte) (int, error) {
+	if r.at < r.offset {
+		return 0, fmt.Errorf("read at %d", r.at)
+	}
+	return r.Reader.Read(p)
+}

@@ -47,7 +47,7 @@ type Engine struct {
 	tick    uint64 // counts decisions
 	reviews int    // how often a machine was looked at
 	shapes  map[string]*shape
-	list    []*shape // the same, oldest first
+	byAge   []*shape // the same, oldest first
 
 	jobs     map[string]*queuedJob // with work to place
 	deferred []*queuedJob          // that have passed over tasks
@@ -138,7 +138,7 @@ func (e *Engine) RemoveWorker(id string) {
 	delete(e.byID, id)
 	e.unlist(m)
 	e.machines[m.slot] = nil
-	for _, s := range e.list {
+	for _, s := range e.byAge {
 		s.remove(e, m)
 	}
 	e.names.leave(m.owner)
@@ -175,7 +175,7 @@ func (e *Engine) rename() {
 			m.describe(e.names, m.Worker)
 		}
 	}
-	for _, s := range e.list {
+	for _, s := range e.byAge {
 		s.forget()
 	}
 	e.limit = max(minNames, 2*(len(e.names.kinds)+len(e.names.classOf)))
@@ -221,7 +221,7 @@ func (e *Engine) addJob(of *musterpb.Job) *queuedJob {
 	s := e.shapes[key]
 	if s == nil {
 		s = newShape(key, j.Spec)
-		e.shapes[key], e.list = s, append(e.list, s)
+		e.shapes[key], e.byAge = s, append(e.byAge, s)
 	}
 	s.jobs++
 	j.shape, j.account = s, e.account(j.Account)
@@ -234,27 +234,44 @@ func (e *Engine) addJob(of *musterpb.Job) *queuedJob {
 	return j
 }
 
+// setChecks brings the checks of a job in line with a list. Checks that it has
+// still are in the same order there, and new ones behind them.
 func (e *Engine) setChecks(j *queuedJob, checks []state.WantedRun) {
-	if slices.EqualFunc(j.checks, checks, func(r *request, w state.WantedRun) bool { return sameRun(r.run, &w) }) {
-		return
-	}
-	for _, r := range j.checks {
-		e.dequeue(r)
-	}
-	j.checks = make([]*request, len(checks))
+	old, fresh := j.checks, make([]*request, 0, len(checks))
 	for i := range checks {
+		for len(old) > 0 && old[0].run.Check.Id != checks[i].Check.Id {
+			e.dequeue(old[0])
+			old = old[1:]
+		}
 		run := checks[i]
-		run.Parties = slices.Clip(run.Parties)
-		j.checks[i] = &request{job: j, run: &run, index: i}
+		if len(old) > 0 && sameRun(old[0].run, &run) {
+			*old[0].run = run
+			fresh, old = append(fresh, old[0]), old[1:]
+			continue
+		}
+		r := &request{job: j, run: &run, index: j.lastIndex + 1, parties: partiesOf(j.shape, &run)}
+		if len(old) > 0 { // it keeps its place
+			e.dequeue(old[0])
+			r.index, old = old[0].index, old[1:]
+		}
+		j.lastIndex = max(j.lastIndex, r.index)
+		fresh = append(fresh, r)
 		if run.Unpaid == "" && run.Runs > 0 {
-			e.enqueue(j.checks[i])
+			e.enqueue(r)
 		}
 	}
+	for _, r := range old {
+		e.dequeue(r)
+	}
+	j.checks = fresh
 }
 
+// sameRun reports whether what a check wants has not changed. A check that is
+// the same value has the same parties, and as many as Plan did not book more.
 func sameRun(a, b *state.WantedRun) bool {
-	return a.Check.Id == b.Check.Id && a.Class == b.Class && a.Runs == b.Runs && a.Unpaid == b.Unpaid && slices.Equal(a.Tried, b.Tried) &&
-		slices.EqualFunc(a.Parties, b.Parties, func(a, b *musterpb.Attempt) bool { return a.Worker == b.Worker && a.Batch == b.Batch })
+	return a.Runs == b.Runs && a.Unpaid == b.Unpaid && len(a.Parties) == len(b.Parties) && len(a.Tried) == len(b.Tried) &&
+		(a.Check == b.Check || a.Check.Id == b.Check.Id && a.Class == b.Class && slices.Equal(a.Tried, b.Tried) &&
+			slices.EqualFunc(a.Parties, b.Parties, func(a, b *musterpb.Attempt) bool { return a.Worker == b.Worker && a.Batch == b.Batch }))
 }
 
 // RemoveJob forgets what could be placed of a job.
@@ -483,23 +500,30 @@ func (e *Engine) orderOf(j *queuedJob) *order {
 func (e *Engine) turnOfCheck(l *lane, r *request) (Placement, bool) {
 	p := l.gate.pool
 	p.catchUp(e)
+	if p.free == 0 {
+		e.park(l)
+		return Placement{}, false
+	}
+	if p.candidates(e, r.run, true) == 0 {
+		e.unqueue(l, r)
+		l.stick(r)
+		e.list(l)
+		return Placement{}, false
+	}
 	var seed []byte
 	if e.seed != nil {
 		seed = e.seed(r.run.Parties[0].Batch)
 	}
 	m := p.draw(e, r.run, seed)
-	if m == nil {
-		e.park(l)
-		return Placement{}, false
-	}
 	out := e.book(r, m, p.class, nil)
 	out.Task, out.Check = r.run.Parties[0].Task, r.run.Check
 	if slices.ContainsFunc(r.run.Parties, func(a *musterpb.Attempt) bool { return a.Owner == m.Owner }) {
 		out.Relaxed = "checked by another worker of the same owner, as verify.same_owner allows"
 	}
 	e.dequeue(r)
-	r.run.Parties = append(r.run.Parties, &musterpb.Attempt{Worker: m.Id, Owner: m.Owner})
+	r.run.Parties = append(slices.Clip(r.run.Parties), &musterpb.Attempt{Worker: m.Id, Owner: m.Owner})
 	if r.run.Runs--; r.run.Runs > 0 {
+		r.parties = partiesOf(r.job.shape, r.run)
 		e.enqueue(r)
 	}
 	return out, true
@@ -575,17 +599,17 @@ func (e *Engine) catchUp(s *shape) {
 func (e *Engine) makeRoom() {
 	for e.indexBytes() > maxIndexBytes && e.dropOldest() {
 	}
-	for len(e.list) > maxShapes && e.dropIdle() {
+	for len(e.byAge) > maxShapes && e.dropIdle() {
 	}
 }
 
 func (e *Engine) indexBytes() (n int) {
-	for _, s := range e.list {
+	for _, s := range e.byAge {
 		n += len(s.at) * 16
 		for _, o := range s.orders {
 			n += len(o.at) * 88
 		}
-		for _, p := range s.pools {
+		for _, p := range s.built {
 			n += len(p.at) * 8
 		}
 	}
@@ -596,7 +620,7 @@ func (e *Engine) indexBytes() (n int) {
 // for the decision at hand.
 func (e *Engine) dropOldest() bool {
 	used, drop := e.tick, func() {}
-	for _, s := range e.list {
+	for _, s := range e.byAge {
 		if len(s.at) > 0 && s.used < used {
 			used, drop = s.used, s.forget
 		}
@@ -613,17 +637,17 @@ func (e *Engine) dropOldest() bool {
 // dropIdle forgets the shape without jobs that was used least recently.
 func (e *Engine) dropIdle() bool {
 	at := -1
-	for i, s := range e.list {
-		if s.jobs == 0 && s.used < e.tick && (at < 0 || s.used < e.list[at].used) {
+	for i, s := range e.byAge {
+		if s.jobs == 0 && s.used < e.tick && (at < 0 || s.used < e.byAge[at].used) {
 			at = i
 		}
 	}
 	if at < 0 {
 		return false
 	}
-	e.list[at].forget()
-	delete(e.shapes, e.list[at].key)
-	e.list = slices.Delete(e.list, at, at+1)
+	e.byAge[at].forget()
+	delete(e.shapes, e.byAge[at].key)
+	e.byAge = slices.Delete(e.byAge, at, at+1)
 	return true
 }
 

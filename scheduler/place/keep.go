@@ -40,17 +40,15 @@ func (e *Engine) useKept(out []Placement, most int) []Placement {
 		l, s := k.lane, k.lane.gate.shape
 		e.catchUp(s)
 		state := s.at[k.machine.slot].state
-		if l.parked && len(l.requests.items) > 0 && state == waiting && !s.fits(e.now, k.machine) || len(out) == most {
+		if l.parked && !l.idle() && state == waiting && !s.fits(e.now, k.machine) || len(out) == most {
 			e.kept = append(e.kept, list[i])
 			continue
 		}
 		e.release(k)
-		if state == unfit || !l.parked || len(l.requests.items) == 0 {
+		if state == unfit || !l.parked || l.idle() {
 			continue
 		}
-		l.parked = false
-		l.gate.parked = slices.DeleteFunc(l.gate.parked, func(o *lane) bool { return o == l })
-		e.present(l)
+		e.unpark(l)
 		if p, ok := e.turn(l); ok {
 			e.charge(l.account, p)
 			out = append(out, p)
@@ -83,8 +81,8 @@ func (e *Engine) keep() {
 		if g.pool != nil || g.shape.total.suit == 0 {
 			continue
 		}
-		for _, l := range g.parked {
-			if len(l.requests.items) == 0 || !e.wentPast(l) {
+		for _, l := range g.lanes {
+			if l.idle() || !l.parked || !e.wentPast(l) {
 				continue
 			}
 			if l.since == 0 {

@@ -26,7 +26,8 @@ type shape struct {
 	total    tally
 	checkers map[int32]*checkable // by hardware class
 	orders   map[string]*order
-	pools    map[string]*pool
+	pools    map[string]*pool // by name of the class
+	built    map[int32]*pool  // those with an index
 }
 
 // member is what a shape knows of a machine.
@@ -82,7 +83,7 @@ func (s *shape) forget() {
 	for _, o := range s.orders {
 		o.gone = true
 	}
-	s.checkers, s.orders = map[int32]*checkable{}, map[string]*order{}
+	s.checkers, s.orders, s.built = map[int32]*checkable{}, map[string]*order{}, map[int32]*pool{}
 	if s.pools == nil {
 		s.pools = map[string]*pool{}
 	}
@@ -186,7 +187,8 @@ func (s *shape) update(e *Engine, m *machine) {
 		s.owners = append(s.owners, make([]tally, len(e.names.ownerOf)-len(s.owners))...)
 	}
 	at := &s.at[m.slot]
-	if at.fixed != m.fixed {
+	fixed := at.fixed == m.fixed
+	if !fixed {
 		home, ok := s.home(e.names, m)
 		s.settle(e, m, at, home, ok)
 		at.fixed = m.fixed
@@ -199,6 +201,36 @@ func (s *shape) update(e *Engine, m *machine) {
 		}
 	}
 	s.count(at, m.owner, state)
+	s.updatePools(e, m, fixed)
+}
+
+// updatePools takes up a change in the pools of the machine's classes or,
+// where those may have changed too, in all.
+func (s *shape) updatePools(e *Engine, m *machine, sameClasses bool) {
+	if len(s.built) == 0 {
+		return
+	}
+	if !sameClasses {
+		for _, p := range s.built { // one does not depend on another
+			p.update(e, m, false)
+		}
+		return
+	}
+	if s.gpus() == 0 {
+		if p := s.built[s.at[m.slot].home]; p != nil {
+			p.update(e, m, false)
+		}
+		return
+	}
+	last := noClass
+	for i := range m.devices {
+		if of := m.devices[i].kind.class; of != last {
+			if p := s.built[of]; p != nil {
+				p.update(e, m, false)
+			}
+			last = of
+		}
+	}
 }
 
 // settle notes the class of a machine's results. When that gives an owner's
@@ -273,7 +305,7 @@ func (s *shape) remove(e *Engine, m *machine) {
 	for _, o := range s.orders {
 		o.remove(m)
 	}
-	for _, p := range s.pools {
+	for _, p := range s.built {
 		p.remove(e, m)
 	}
 }
