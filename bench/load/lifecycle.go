@@ -285,6 +285,18 @@ func (w *world) profile(ctx context.Context) <-chan error {
 	return done
 }
 
+// profileHeap saves a heap profile of the leader.
+func (w *world) profileHeap(ctx context.Context, name string) error {
+	if err := os.MkdirAll(w.bench.profile, 0o755); err != nil {
+		return err
+	}
+	leader, err := w.net.Leader(ctx)
+	if err != nil {
+		return err
+	}
+	return w.net.HeapProfile(ctx, leader, filepath.Join(w.bench.profile, name))
+}
+
 // stages notes how long the stages took that only the schedulers can time, from
 // the attempts and checks of a sample of jobs.
 func (w *world) stages(ctx context.Context) error {
