@@ -64,6 +64,11 @@ func (b *bench) finished(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if b.profile != "" {
+		if err := w.profileHeap(ctx, "finished-leader.heap"); err != nil {
+			return err
+		}
+	}
 	b.results.Set("finished_tasks", float64(done))
 	b.results.Set("heap_bytes_finished_10k", few)
 	b.results.Set("heap_bytes_finished_1m", many)
