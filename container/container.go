@@ -61,6 +61,11 @@ type Spec struct {
 	// Network gives the job the owner's default network. Off: loopback only.
 	Network bool
 
+	// Started, if set, is called once, when the program has started as far as the
+	// runtime can tell: an engine's init process may still fail to execute it. Run
+	// goes on once it returns.
+	Started func()
+
 	// Logs receives stdout and stderr, interleaved as written. May be nil.
 	// Writes come from one goroutine at a time and stop before Run returns.
 	Logs io.Writer

@@ -87,6 +87,7 @@ func (f *Fake) Run(ctx context.Context, spec Spec) (Result, error) {
 	began := time.Now()
 	runCtx, cancel := context.WithTimeout(ctx, spec.Timeout)
 	defer cancel()
+	spec.HasStarted()
 	result, err := f.play(runCtx, spec)
 	if err != nil && runCtx.Err() == nil {
 		return Result{}, err

@@ -58,6 +58,13 @@ func (s Spec) checkOutputs() error {
 	}
 }
 
+// HasStarted tells whoever wants to know that the program has started.
+func (s Spec) HasStarted() {
+	if s.Started != nil {
+		s.Started()
+	}
+}
+
 // Memory is the memory limit in bytes, never zero.
 func (s Spec) Memory() int64 { return orDefault(s.MemoryBytes, DefaultMemoryBytes) }
 

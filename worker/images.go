@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -24,8 +25,9 @@ type images struct {
 	limit  int64
 	forget func(ctx context.Context, runtime string, image container.Image) error
 
-	mu      sync.Mutex // guards entries; held while an image is forgotten, so that nobody starts to use it then
+	mu      sync.Mutex // guards entries and saved; held while an image is forgotten, so that nobody starts to use it then
 	entries []*imageEntry
+	saved   []byte // what the file holds
 }
 
 // imageEntry is one image in a runtime; the list is in order of last use.
@@ -53,15 +55,15 @@ func openImages(path string, limit int64, forget func(context.Context, string, c
 // use marks an image as in use until release is called, and makes room: images
 // that nobody uses go, the longest unused first, until the rest fits. An image
 // that can't be forgotten now is tried again next time.
-func (s *images) use(ctx context.Context, runtime string, image container.Image, bytes int64) (release func(), err error) {
+func (s *images) use(ctx context.Context, runtime string, image container.Image, size int64) (release func(), err error) {
 	if image.Ref != "" {
-		bytes = registryImageBytes
+		size = registryImageBytes
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	mine := &imageEntry{Runtime: runtime, Ref: image.Ref, Digest: image.Digest, Bytes: bytes}
+	mine := &imageEntry{Runtime: runtime, Ref: image.Ref, Digest: image.Digest, Bytes: size}
 	var kept []*imageEntry
-	total := bytes
+	total := size
 	for _, e := range s.entries {
 		if e.Runtime == runtime && e.Digest == image.Digest {
 			mine = e // the pointer that other attempts release
@@ -99,11 +101,15 @@ func (s *images) save() error {
 	if err != nil {
 		return fmt.Errorf("list of images: %w", err)
 	}
+	if bytes.Equal(text, s.saved) {
+		return nil
+	}
 	if err := os.WriteFile(s.path+".new", text, 0o600); err != nil {
 		return fmt.Errorf("list of images: %w", err)
 	}
 	if err := os.Rename(s.path+".new", s.path); err != nil {
 		return fmt.Errorf("list of images: %w", err)
 	}
+	s.saved = text
 	return nil
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/blob"
@@ -198,36 +199,51 @@ func ours(err error) error {
 	return &failure{musterpb.Blame_BLAME_NETWORK, 0, err}
 }
 
+// maxFetches bounds the inputs of one attempt that are fetched at the same time.
+const maxFetches = 4
+
 // inputs lays out the job's inputs below dst, which is shown as /in. Files are
 // hard links into the cache, or copies where that can't be.
 func (w *Worker) inputs(ctx context.Context, list []*musterpb.Input, dst string) (release func(), err error) {
-	var releases []func()
+	paths, releases := make([]string, len(list)), make([]func(), len(list))
 	release = func() {
 		for _, f := range releases {
-			f()
+			if f != nil {
+				f()
+			}
 		}
 	}
 	if err := os.MkdirAll(dst, 0o755); err != nil {
 		return release, fmt.Errorf("inputs: %w", err)
 	}
-	for _, in := range list {
-		var path string
-		var done func()
-		if in.Directory {
-			path, done, err = w.cache.Get(ctx, api.Digest(in.Digest), func(tree string) error { return w.fetchTree(ctx, in, tree) })
-			err = ours(err)
-		} else {
-			path, done, err = w.fetch(ctx, in.Digest, in.SizeBytes)
-		}
-		if err != nil {
-			return release, fmt.Errorf("input %s: %w", in.Path, err)
-		}
-		releases = append(releases, done)
-		if err := link(path, filepath.Join(dst, filepath.FromSlash(in.Path))); err != nil {
+	fetching, fetchCtx := errgroup.WithContext(ctx)
+	fetching.SetLimit(maxFetches)
+	for i, in := range list {
+		fetching.Go(func() (err error) {
+			if paths[i], releases[i], err = w.input(fetchCtx, in); err != nil {
+				return fmt.Errorf("input %s: %w", in.Path, err)
+			}
+			return nil
+		})
+	}
+	if err := fetching.Wait(); err != nil {
+		return release, err
+	}
+	for i, in := range list {
+		if err := link(paths[i], filepath.Join(dst, filepath.FromSlash(in.Path))); err != nil {
 			return release, fmt.Errorf("input %s: %w", in.Path, err)
 		}
 	}
 	return release, nil
+}
+
+// input gets one input into the cache.
+func (w *Worker) input(ctx context.Context, in *musterpb.Input) (path string, release func(), err error) {
+	if !in.Directory {
+		return w.fetch(ctx, in.Digest, in.SizeBytes)
+	}
+	path, release, err = w.cache.Get(ctx, api.Digest(in.Digest), func(tree string) error { return w.fetchTree(ctx, in, tree) })
+	return path, release, ours(err)
 }
 
 // maxTreeFiles bounds the files of an input directory; its bytes are bounded by
@@ -316,10 +332,14 @@ func (w *Worker) runAll(ctx context.Context, r *run, rt container.Runtime, image
 	}
 	defer logFile.Close()
 	logs := container.NewLog(io.MultiWriter(logFile, r.log), container.MaxLogBytes) // of all runs together
-	w.mu.Lock()
-	r.started = true
-	w.news.sayStarted(a.Attempt)
-	w.mu.Unlock()
+	// Of several runs the first one's start counts: what lies between two is the
+	// attempt's own doing.
+	started := sync.OnceFunc(func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		r.started = true
+		w.news.sayStarted(a.Attempt)
+	})
 	deadline := time.Now().Add(time.Duration(a.TimeoutMs) * time.Millisecond)
 	left := a.Resources.DiskBytes
 	for i, inv := range invocations {
@@ -334,6 +354,7 @@ func (w *Worker) runAll(ctx context.Context, r *run, rt container.Runtime, image
 			ID: a.Attempt, Image: image, Command: inv.Command, Inputs: inputs, Outputs: target, GPUs: a.Devices,
 			MilliCPUs: a.Resources.MilliCpus, MemoryBytes: a.Resources.MemoryBytes, OutputBytes: left,
 			Timeout: time.Until(deadline), Network: a.Network && w.AllowNetwork, Logs: logs,
+			Started: started,
 		}
 		for _, e := range a.Env {
 			spec.Env = append(spec.Env, e.Name+"="+e.Value)

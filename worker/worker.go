@@ -62,7 +62,8 @@ type Config struct {
 type Worker struct {
 	Config
 	id     string
-	http   *http.Client
+	http   *http.Client // of the session
+	files  *http.Client // of the blobs
 	blobs  *blob.HTTP
 	cache  *blob.Cache
 	images *images
@@ -87,9 +88,10 @@ func New(cfg Config) *Worker {
 	}
 	w := &Worker{
 		Config: cfg, id: string(api.WorkerIDOf(cfg.Key.Public().(ed25519.PublicKey))), http: &http.Client{Transport: client.NewTransport()},
+		files: &http.Client{Transport: client.NewBlobTransport()},
 		found: cfg.Inventory, restate: make(chan struct{}, 1), runs: map[string]*run{}, schedulers: slices.Clone(cfg.Schedulers), news: newNews(),
 	}
-	w.blobs = client.Blobs(w.http, cfg.APIKey, w.addresses)
+	w.blobs = client.Blobs(w.files, cfg.APIKey, w.addresses)
 	return w
 }
 
@@ -114,6 +116,7 @@ func (w *Worker) Run(ctx context.Context) error {
 		return err
 	}
 	defer w.http.CloseIdleConnections()
+	defer w.files.CloseIdleConnections()
 	defer w.stopAll()
 	watching := sync.WaitGroup{}
 	defer watching.Wait()

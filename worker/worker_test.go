@@ -72,11 +72,11 @@ func newFakeScheduler(t *testing.T) *fakeScheduler {
 	mux := http.NewServeMux()
 	path, handler := musterpbconnect.NewSessionsHandler(f)
 	mux.Handle(path, handler)
-	blobs := blob.Handler(f.blobs, func(r *http.Request) error {
+	blobs := blob.Handler(f.blobs, func(r *http.Request) (blob.Caller, error) {
 		if r.Header.Get("Authorization") != "Bearer "+theKey {
-			return api.Errorf(api.Unauthenticated, "no key")
+			return blob.Caller{}, api.Errorf(api.Unauthenticated, "no key")
 		}
-		return nil
+		return blob.Caller{ID: "worker"}, nil
 	}, 1<<30)
 	mux.HandleFunc("/blob/", func(w http.ResponseWriter, r *http.Request) {
 		f.mu.Lock()
@@ -90,6 +90,7 @@ func newFakeScheduler(t *testing.T) *fakeScheduler {
 	})
 	srv := httptest.NewUnstartedServer(mux)
 	srv.Config.Protocols = new(http.Protocols)
+	srv.Config.Protocols.SetHTTP1(true)
 	srv.Config.Protocols.SetUnencryptedHTTP2(true)
 	srv.Start()
 	f.url = srv.URL
@@ -902,6 +903,7 @@ func TestShutdownDuringHandshake(t *testing.T) {
 		<-r.Context().Done()
 	}))
 	srv.Config.Protocols = new(http.Protocols)
+	srv.Config.Protocols.SetHTTP1(true)
 	srv.Config.Protocols.SetUnencryptedHTTP2(true)
 	srv.Start()
 	defer srv.Close()

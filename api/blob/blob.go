@@ -5,14 +5,10 @@ package blob
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
-	"fmt"
-	"hash"
 	"io"
 	"math"
 	"os"
-	"path/filepath"
 	"syscall"
 
 	"github.com/musternet/muster/api"
@@ -64,91 +60,6 @@ func notFound(digest api.Digest) error {
 	return api.Errorf(api.NotFound, "blob %s is not stored here", digest)
 }
 
-// intake reads what a Put takes in: it hashes, counts, and stops above the
-// limit.
-type intake struct {
-	ctx   context.Context
-	r     io.Reader
-	sum   hash.Hash
-	size  int64
-	limit int64
-	// failed is what r itself returned, to tell its errors from the store's.
-	failed error
-}
-
-func newIntake(ctx context.Context, r io.Reader, limit int64) *intake {
-	return &intake{ctx: ctx, r: r, sum: sha256.New(), limit: limit}
-}
-
-func (in *intake) Read(p []byte) (int, error) {
-	if in.failed != nil {
-		return 0, in.failed
-	}
-	if err := in.ctx.Err(); err != nil {
-		in.failed = api.Errorf(api.Unavailable, "the transfer was given up: %w", err)
-		return 0, in.failed
-	}
-	n, err := in.r.Read(p)
-	in.sum.Write(p[:n])
-	if in.size += int64(n); in.size > in.limit {
-		in.failed = api.Errorf(api.TooLarge, "more than the limit of %d bytes", in.limit)
-		return 0, in.failed
-	}
-	if err != nil && err != io.EOF {
-		in.failed = err
-	}
-	return n, err
-}
-
-// verify compares what was read with the digest that it came under.
-func (in *intake) verify(digest api.Digest) error {
-	if got := api.DigestFromSum(in.sum.Sum(nil)); got != digest {
-		return api.Errorf(api.Invalid, "blob %s: the %d bytes that came have the digest %s; send them again", digest, in.size, got)
-	}
-	return nil
-}
-
-// Fetch writes a blob into the file dst, verified: dst appears only once all
-// its bytes are there and match. It returns their number.
-func Fetch(ctx context.Context, store Store, digest api.Digest, dst string, limit int64) (int64, error) {
-	r, err := store.Open(ctx, digest)
-	if err != nil {
-		return 0, err
-	}
-	defer r.Close()
-	if r.Size() > limit {
-		return 0, api.Errorf(api.TooLarge, "blob %s: %d bytes, more than the limit of %d", digest, r.Size(), limit)
-	}
-	f, err := os.CreateTemp(filepath.Dir(dst), ".fetch-*")
-	if err != nil {
-		return 0, diskError(filepath.Dir(dst), err)
-	}
-	defer os.Remove(f.Name()) // no effect after the rename
-	in := newIntake(ctx, r, limit)
-	if err := writeDurably(f, in); err != nil {
-		return 0, fmt.Errorf("blob %s: %w", digest, err)
-	}
-	if err := in.verify(digest); err != nil {
-		return 0, err
-	}
-	return in.size, diskError(dst, os.Rename(f.Name(), dst))
-}
-
-// writeDurably copies in into f, syncs and closes it.
-func writeDurably(f *os.File, in *intake) error {
-	_, err := io.Copy(f, in)
-	if err == nil {
-		err = f.Sync()
-	}
-	if closeErr := f.Close(); err == nil {
-		err = closeErr
-	}
-	if err != nil && in.failed != nil {
-		return in.failed
-	}
-	return diskError(f.Name(), err)
-}
-
 // diskError gives an error of the local disk a kind, and a full disk a message
 // that says so.
 func diskError(path string, err error) error {
@@ -159,28 +70,6 @@ func diskError(path string, err error) error {
 		return api.Errorf(api.Unavailable, "the disk of %s is full; free some space: %w", path, err)
 	}
 	return api.Errorf(api.Internal, "%w", err)
-}
-
-// PutFile stores a file and returns its digest and size.
-func PutFile(ctx context.Context, store Store, path string) (api.Digest, int64, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", 0, fileError(path, err)
-	}
-	defer f.Close()
-	sum := sha256.New()
-	if _, err := io.Copy(sum, &ctxReader{ctx, f}); err != nil {
-		return "", 0, fileError(path, err)
-	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return "", 0, fileError(path, err)
-	}
-	digest := api.DigestFromSum(sum.Sum(nil))
-	size, err := store.Put(ctx, digest, f, NoLimit)
-	if err != nil {
-		return "", 0, fmt.Errorf("%s: %w", path, err)
-	}
-	return digest, size, nil
 }
 
 func fileError(path string, err error) error {

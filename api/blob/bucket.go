@@ -83,7 +83,7 @@ func (b *Bucket) Put(ctx context.Context, digest api.Digest, r io.Reader, limit 
 		return 0, b.err(digest, err)
 	}
 	in := newIntake(ctx, r, limit)
-	_, err = io.Copy(w, in)
+	err = in.copyTo(w)
 	if in.failed != nil {
 		err = fmt.Errorf("blob %s: %w", digest, in.failed)
 	} else if err != nil {

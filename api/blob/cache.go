@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -25,7 +26,7 @@ type Cache struct {
 	entries map[api.Digest]*cached
 	bytes   int64  // of the entries that are ready
 	uses    uint64 // orders entries by last use
-	temps   uint64 // names temporary paths
+	temps   uint64 // names what is being removed
 }
 
 // cached is one entry: being fetched until ready is closed, then usable unless
@@ -42,13 +43,13 @@ type cached struct {
 // earlier process left unfinished.
 func OpenCache(dir string, maxBytes int64) (*Cache, error) {
 	c := &Cache{dir: dir, maxBytes: maxBytes, entries: make(map[api.Digest]*cached)}
-	if err := removeAll(c.tmp()); err != nil {
-		return nil, diskError(dir, err)
-	}
 	for _, d := range []string{c.tmp(), filepath.Join(dir, "sha256")} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, diskError(dir, err)
 		}
+	}
+	if err := c.tidy(); err != nil {
+		return nil, diskError(dir, err)
 	}
 	if err := c.load(); err != nil {
 		return nil, err
@@ -62,6 +63,70 @@ func OpenCache(dir string, maxBytes int64) (*Cache, error) {
 func (c *Cache) tmp() string { return filepath.Join(c.dir, "tmp") }
 
 func (c *Cache) path(digest api.Digest) string { return filepath.Join(c.dir, "sha256", digest.Hex()) }
+
+// partExpires is how long the beginning of a blob is kept for a transfer that
+// goes on.
+const partExpires = 24 * time.Hour
+
+// tidy removes what an earlier process left unfinished, but for the beginnings
+// of blobs.
+func (c *Cache) tidy() error {
+	entries, err := os.ReadDir(c.tmp())
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		if strings.HasSuffix(entry.Name(), partSuffix) && entry.Type().IsRegular() {
+			continue
+		}
+		if err := removeAll(filepath.Join(c.tmp(), entry.Name())); err != nil {
+			return err
+		}
+	}
+	return c.trimParts()
+}
+
+// trimParts keeps the beginnings of blobs that are worth going on with: the
+// newest, up to half the size of the cache. Those of entries that are being
+// filled stay.
+func (c *Cache) trimParts() error {
+	entries, err := os.ReadDir(c.tmp())
+	if err != nil {
+		return err
+	}
+	var parts []fs.FileInfo
+	for _, entry := range entries {
+		if !strings.HasSuffix(entry.Name(), partSuffix) || c.knows(entry.Name()) {
+			continue
+		}
+		info, err := entry.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // complete meanwhile
+		} else if err != nil {
+			return err
+		}
+		parts = append(parts, info)
+	}
+	slices.SortFunc(parts, func(a, b fs.FileInfo) int { return b.ModTime().Compare(a.ModTime()) })
+	left := c.maxBytes / 2
+	for _, part := range parts {
+		if left -= part.Size(); left >= 0 && time.Since(part.ModTime()) < partExpires {
+			continue
+		}
+		if err := os.Remove(filepath.Join(c.tmp(), part.Name())); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// knows reports whether a temporary file is that of an entry.
+func (c *Cache) knows(name string) bool {
+	hex, _, _ := strings.Cut(name, ".")
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.entries[api.Digest("sha256:"+hex)] != nil
+}
 
 // load takes up the entries on disk. Their modification time is that of their
 // last use.
@@ -103,7 +168,8 @@ func (c *Cache) load() error {
 
 // Get returns the path of the entry for digest, and makes the entry with fetch
 // if there is none: fetch creates dst as a file or a directory and answers for
-// its content. Concurrent calls for one digest fetch it once. The entry stays
+// its content. A Fetch to dst, or to a name that begins with it and a dot, goes
+// on where an earlier one broke off, also one of an earlier process. Concurrent calls for one digest fetch it once. The entry stays
 // until release is called, which the caller does exactly once; entries in use
 // can take the cache above its size. Nobody writes below path.
 func (c *Cache) Get(ctx context.Context, digest api.Digest, fetch func(dst string) error) (path string, release func(), err error) {
@@ -160,7 +226,10 @@ func (c *Cache) unpin(entry *cached) {
 
 // fill runs fetch and publishes its outcome.
 func (c *Cache) fill(digest api.Digest, entry *cached, fetch func(dst string) error) {
-	tmp := c.tempPath()
+	// The name is the same each time, so that a fetch which broke off is found
+	// again. Nobody else fills this entry.
+	tmp := filepath.Join(c.tmp(), digest.Hex())
+	_ = removeAll(tmp)
 	n, err := int64(0), error(nil)
 	// A fetch that panics must not leave the others waiting forever.
 	defer func() {
@@ -198,13 +267,9 @@ func (c *Cache) publish(digest api.Digest, entry *cached, n int64, err error) {
 	victims := c.evict()
 	c.mu.Unlock()
 	_ = c.remove(victims)
-}
-
-func (c *Cache) tempPath() string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.temps++
-	return filepath.Join(c.tmp(), strconv.FormatUint(c.temps, 10))
+	if err != nil {
+		_ = c.trimParts()
+	}
 }
 
 // evict takes the least recently used entries out of the cache until it fits

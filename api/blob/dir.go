@@ -2,8 +2,10 @@ package blob
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"path/filepath"
@@ -69,28 +71,60 @@ func (d *Dir) file(digest api.Digest) string {
 	return filepath.Join(d.path, hex[:2], hex)
 }
 
-// Put implements Store. The order of the steps makes it durable: the bytes are
-// on disk before the name is, and the name before Put returns.
+// Put implements Store.
 func (d *Dir) Put(ctx context.Context, digest api.Digest, r io.Reader, limit int64) (int64, error) {
-	if size, err := d.Stat(ctx, digest); api.KindOf(err) != api.NotFound {
-		return size, err
-	}
+	return putStaged(ctx, d, digest, newIntake(ctx, r, limit))
+}
+
+func (d *Dir) stage(context.Context) (staged, error) {
 	f, err := os.CreateTemp(filepath.Join(d.path, "tmp"), "put-*")
 	if err != nil {
-		return 0, diskError(d.path, err)
+		return nil, diskError(d.path, err)
 	}
-	defer os.Remove(f.Name()) // no effect after the rename
-	in := newIntake(ctx, r, limit)
-	if err := writeDurably(f, in); err != nil {
-		return 0, fmt.Errorf("blob %s: %w", digest, err)
+	return &stagedFile{dir: d, f: f, sum: sha256.New()}, nil
+}
+
+// stagedFile is an unfinished blob of a Dir.
+type stagedFile struct {
+	dir  *Dir
+	f    *os.File
+	sum  hash.Hash
+	size int64
+}
+
+func (s *stagedFile) append(in *intake) error {
+	in.sum, in.size = s.sum, s.size
+	err := in.copyTo(&flusher{f: s.f})
+	s.size = in.size
+	if err != nil && in.failed == nil {
+		return diskError(s.dir.path, err)
 	}
-	if err := in.verify(digest); err != nil {
-		return 0, err
+	return err
+}
+
+func (s *stagedFile) length() int64 { return s.size }
+
+// commit makes the blob durable by the order of its steps: the bytes are on disk
+// before the name is, and the name before commit returns.
+func (s *stagedFile) commit(_ context.Context, digest api.Digest) error {
+	if err := checkDigest(digest); err != nil {
+		return err
 	}
-	if err := os.Rename(f.Name(), d.file(digest)); err != nil {
-		return 0, diskError(d.path, err)
+	if err := verifySum(digest, s.sum, s.size); err != nil {
+		return err
 	}
-	return in.size, syncDir(filepath.Dir(d.file(digest)))
+	if err := s.f.Sync(); err != nil {
+		return diskError(s.dir.path, err)
+	}
+	if err := os.Rename(s.f.Name(), s.dir.file(digest)); err != nil {
+		return diskError(s.dir.path, err)
+	}
+	return syncDir(filepath.Dir(s.dir.file(digest)))
+}
+
+func (s *stagedFile) discard() {
+	s.f.Close()
+	os.Remove(s.f.Name()) // no effect after a commit
 }
 
 // Open implements Store.

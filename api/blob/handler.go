@@ -15,102 +15,169 @@ import (
 //	GET  /blob/{digest}   the bytes; Range works
 //	HEAD /blob/{digest}   the size, as Content-Length
 //
+// A large blob is sent in parts that survive a broken connection, and before its
+// digest is known (uploads.go):
+//
+//	POST   /blob/uploads       begins; Muster-Upload-Length tells how much comes;
+//	                           201 with {"upload", "offset"}
+//	PATCH  /blob/uploads/{id}  appends the body, which starts at
+//	                           Muster-Upload-Offset; 200 with {"upload", "offset"}
+//	HEAD   /blob/uploads/{id}  the Muster-Upload-Offset to go on from
+//	DELETE /blob/uploads/{id}  gives it up
+//	PUT    /blob/{digest}      with Muster-Upload and no body: stores what came
+//
 // An error is {"error": text, "kind": name} under the status of its kind.
 
 // Path is the path under which a blob is served.
 func Path(digest api.Digest) string { return pathPrefix + string(digest) }
 
-const pathPrefix = "/blob/"
+const (
+	pathPrefix  = "/blob/"
+	uploadsPath = pathPrefix + "uploads"
+)
 
 // ReplicaHeader marks a request from one replica to another, which concerns
 // what that one holds itself.
 const ReplicaHeader = "Muster-Replica"
 
+// The headers of uploads.
+const (
+	uploadHeader       = "Muster-Upload"
+	uploadOffsetHeader = "Muster-Upload-Offset"
+	uploadLengthHeader = "Muster-Upload-Length"
+)
+
+// Caller is whoever a request is from. What one caller may have under way at the
+// same time is bounded; a scheduler, Peer, is not.
+type Caller struct {
+	ID   string
+	Peer bool
+}
+
 // Handler serves store under /blob/. Every request passes authorize first;
 // limit bounds the bytes of one blob.
-func Handler(store Store, authorize func(*http.Request) error, limit int64) http.Handler {
-	return &handler{store: store, authorize: authorize, limit: limit}
+func Handler(store Store, authorize func(*http.Request) (Caller, error), limit int64) http.Handler {
+	return &handler{
+		store: store, authorize: authorize, limit: limit,
+		uploads: newUploads(limit), traffic: newTraffic(), idle: maxIdle,
+	}
 }
 
 type handler struct {
 	store     Store
-	authorize func(*http.Request) error
+	authorize func(*http.Request) (Caller, error)
 	limit     int64
+	uploads   *uploads
+	traffic   *traffic
+	idle      time.Duration
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// The bytes are somebody else's: no browser may take them for a page.
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	if err := h.authorize(r); err != nil {
+	if err := h.serve(w, r); err != nil {
 		writeError(w, err)
-		return
 	}
-	name, ok := strings.CutPrefix(r.URL.Path, pathPrefix)
-	if !ok {
-		writeError(w, api.Errorf(api.NotFound, "no page %s; blobs are at %ssha256:…", r.URL.Path, pathPrefix))
-		return
-	}
-	digest, err := api.ParseDigest(name)
+}
+
+func (h *handler) serve(w http.ResponseWriter, r *http.Request) error {
+	caller, err := h.authorize(r)
 	if err != nil {
-		writeError(w, err)
-		return
+		return err
 	}
 	store := h.store
 	if replicated, ok := store.(*Replicated); ok && r.Header.Get(ReplicaHeader) != "" {
 		store = replicated.local
 	}
+	name, ok := strings.CutPrefix(r.URL.Path, pathPrefix)
+	if !ok {
+		return api.Errorf(api.NotFound, "no page %s; blobs are at %ssha256:…", r.URL.Path, pathPrefix)
+	}
+	if id, ok := strings.CutPrefix(r.URL.Path, uploadsPath); ok {
+		return h.upload(w, r, store, caller, strings.TrimPrefix(id, "/"))
+	}
+	digest, err := api.ParseDigest(name)
+	if err != nil {
+		return err
+	}
 	switch r.Method {
 	case http.MethodPut:
-		h.put(w, r, store, digest)
+		return h.put(w, r, store, caller, digest)
 	case http.MethodGet:
-		h.get(w, r, store, digest)
+		return h.get(w, r, store, caller, digest)
 	case http.MethodHead:
-		h.head(w, r, store, digest)
-	default:
-		w.Header().Set("Allow", "GET, HEAD, PUT")
-		w.Header().Set("Content-Type", "application/json")
-		w.WriteHeader(http.StatusMethodNotAllowed)
-		json.NewEncoder(w).Encode(errorBody{"method " + r.Method + ": want GET, HEAD or PUT", api.Invalid.String()})
+		return h.head(w, r, store, digest)
 	}
+	return refuseMethod(w, r, "GET, HEAD, PUT", "GET, HEAD or PUT")
 }
 
-func (h *handler) put(w http.ResponseWriter, r *http.Request, store Store, digest api.Digest) {
+func refuseMethod(w http.ResponseWriter, r *http.Request, allow, want string) error {
+	w.Header().Set("Allow", allow)
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusMethodNotAllowed)
+	json.NewEncoder(w).Encode(errorBody{"method " + r.Method + ": want " + want, api.Invalid.String()})
+	return nil
+}
+
+func (h *handler) put(w http.ResponseWriter, r *http.Request, store Store, caller Caller, digest api.Digest) error {
+	if id := r.Header.Get(uploadHeader); id != "" {
+		size, err := h.uploads.commit(r.Context(), caller, id, digest)
+		if err != nil {
+			return err
+		}
+		return writeStored(w, digest, size)
+	}
 	if r.ContentLength > h.limit {
-		writeError(w, api.Errorf(api.TooLarge, "blob %s: %d bytes, more than the limit of %d", digest, r.ContentLength, h.limit))
-		return
+		return api.Errorf(api.TooLarge, "blob %s: %d bytes, more than the limit of %d", digest, r.ContentLength, h.limit)
 	}
-	size, err := store.Put(r.Context(), digest, r.Body, h.limit)
+	done, err := h.traffic.enter(r.Context(), caller)
 	if err != nil {
-		writeError(w, err)
-		return
+		return err
 	}
+	defer done()
+	size, err := store.Put(r.Context(), digest, h.body(w, r), h.limit)
+	if err != nil {
+		return err
+	}
+	return writeStored(w, digest, size)
+}
+
+func writeStored(w http.ResponseWriter, digest api.Digest, size int64) error {
 	w.Header().Set("Content-Type", "application/json")
 	json.NewEncoder(w).Encode(struct {
 		Digest api.Digest `json:"digest"`
 		Size   int64      `json:"size"`
 	}{digest, size})
+	return nil
 }
 
-func (h *handler) get(w http.ResponseWriter, r *http.Request, store Store, digest api.Digest) {
+func (h *handler) get(w http.ResponseWriter, r *http.Request, store Store, caller Caller, digest api.Digest) error {
+	done, err := h.traffic.enter(r.Context(), caller)
+	if err != nil {
+		return err
+	}
+	defer done()
 	blob, err := store.Open(r.Context(), digest)
 	if err != nil {
-		writeError(w, err)
-		return
+		return err
 	}
 	defer blob.Close()
 	setHeaders(w, digest)
-	http.ServeContent(w, r, "", time.Time{}, blob)
+	paced := &pacedWriter{w, http.NewResponseController(w), h.idle}
+	defer paced.release()
+	http.ServeContent(paced, r, "", time.Time{}, blob)
+	return nil
 }
 
-func (h *handler) head(w http.ResponseWriter, r *http.Request, store Store, digest api.Digest) {
+func (h *handler) head(w http.ResponseWriter, r *http.Request, store Store, digest api.Digest) error {
 	size, err := store.Stat(r.Context(), digest)
 	if err != nil {
-		writeError(w, err)
-		return
+		return err
 	}
 	setHeaders(w, digest)
 	w.Header().Set("Accept-Ranges", "bytes")
 	setLength(w.Header(), size)
+	return nil
 }
 
 func setHeaders(w http.ResponseWriter, digest api.Digest) {

@@ -23,6 +23,7 @@ type HTTP struct {
 	config HTTPConfig
 	last   atomic.Uint32 // position of the address that answered last
 	delay  time.Duration
+	idle   time.Duration // how long a transfer may stand still
 }
 
 // HTTPConfig says where the machines are and how to talk to them.
@@ -47,20 +48,26 @@ func NewHTTP(config HTTPConfig) *HTTP {
 	if config.Client == nil {
 		config.Client = http.DefaultClient
 	}
-	return &HTTP{config: config, delay: retryDelay}
+	return &HTTP{config: config, delay: retryDelay, idle: maxIdle}
 }
 
 // maxErrorBytes bounds the body of an error answer.
 const maxErrorBytes = 64 << 10
 
-// Put implements Store. It sends nothing if the blob is there already. If r is
-// an io.Seeker the other addresses are tried when one fails midway.
+// Bounds of how a blob is sent.
+const (
+	// maxUnasked is what is sent without asking whether it is there already:
+	// asking would cost as much.
+	maxUnasked = 16 << 10
+	// minParts is the size from which a blob is sent in parts, which survive a
+	// broken connection.
+	minParts = 8 << 20
+)
+
+// Put implements Store. Unless the blob is tiny, it sends nothing if the blob is
+// there already. If r is an io.Seeker a transfer that breaks goes on, here or at
+// the other addresses.
 func (h *HTTP) Put(ctx context.Context, digest api.Digest, r io.Reader, limit int64) (int64, error) {
-	if size, err := h.Stat(ctx, digest); err == nil {
-		return size, nil
-	} else if kind := api.KindOf(err); kind != api.NotFound && kind != api.Unavailable {
-		return 0, err
-	}
 	start, length, err := extent(r)
 	if err != nil {
 		return 0, err
@@ -68,7 +75,25 @@ func (h *HTTP) Put(ctx context.Context, digest api.Digest, r io.Reader, limit in
 	if length > limit {
 		return 0, api.Errorf(api.TooLarge, "blob %s: %d bytes, more than the limit of %d", digest, length, limit)
 	}
-	var size int64
+	if length < 0 || length > maxUnasked {
+		if size, err := h.Stat(ctx, digest); err == nil {
+			return size, nil
+		} else if kind := api.KindOf(err); kind != api.NotFound && kind != api.Unavailable {
+			return 0, err
+		}
+	}
+	if length >= minParts {
+		known := func(context.Context) (api.Digest, error) { return digest, nil }
+		err := h.putInParts(ctx, r.(io.ReadSeeker), start, length, known)
+		if api.KindOf(err) != api.Unsupported {
+			return length, err
+		}
+	}
+	return h.putWhole(ctx, digest, r, start, length, limit)
+}
+
+// putWhole sends a blob in one request.
+func (h *HTTP) putWhole(ctx context.Context, digest api.Digest, r io.Reader, start, length, limit int64) (size int64, err error) {
 	sent := false
 	err = h.each(func(base string) (again bool, err error) {
 		if sent {
@@ -103,13 +128,34 @@ func extent(r io.Reader) (start, length int64, err error) {
 }
 
 func (h *HTTP) send(ctx context.Context, base string, digest api.Digest, in *intake, length int64) (int64, error) {
-	body := &body{r: in}
+	if err := checkDigest(digest); err != nil {
+		return 0, err
+	}
+	var answer struct {
+		Size int64 `json:"size"`
+	}
+	err := h.sendBody(ctx, http.MethodPut, base+Path(digest), nil, in, length, &answer)
+	if err != nil {
+		return 0, fmt.Errorf("blob %s: %w", digest, err)
+	}
+	return answer.Size, nil
+}
+
+// sendBody sends what in reads, length bytes or an unknown number for -1, and
+// decodes the answer.
+func (h *HTTP) sendBody(ctx context.Context, method, url string, header http.Header, in *intake, length int64, answer any) error {
+	ctx, watch := watchTransfer(ctx, h.idle)
+	defer watch.stop()
+	body := &body{in: in, watch: watch}
 	// The transport may read on after the answer is there: no later than this
 	// may it touch r, which is the caller's again.
 	defer body.end()
-	req, err := h.request(ctx, http.MethodPut, base, digest, body)
+	req, err := h.request(ctx, method, url, body)
 	if err != nil {
-		return 0, err
+		return err
+	}
+	for name, values := range header {
+		req.Header[name] = values
 	}
 	req.ContentLength = length
 	if length == 0 {
@@ -119,34 +165,63 @@ func (h *HTTP) send(ctx context.Context, base string, digest api.Digest, in *int
 	if err != nil {
 		body.end()
 		if in.failed != nil {
-			return 0, fmt.Errorf("blob %s: %w", digest, in.failed)
+			return in.failed
 		}
-		return 0, err
+		return watch.explain(err)
 	}
 	defer resp.Body.Close()
-	var answer struct {
-		Size int64 `json:"size"`
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxErrorBytes)).Decode(answer); err != nil {
+		return api.Errorf(api.Unavailable, "%s sent an answer that is cut short: %w", req.URL.Host, err)
 	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxErrorBytes)).Decode(&answer); err != nil {
-		return 0, api.Errorf(api.Unavailable, "blob %s: %s sent an answer that is cut short: %w", digest, base, err)
-	}
-	return answer.Size, nil
+	return nil
 }
 
 // body is a request's body that can be taken away from the transport.
 type body struct {
-	mu    sync.Mutex // guards ended, and r while it is read
-	r     io.Reader
+	watch *watch
+
+	mu    sync.Mutex // guards ended, and in while it is read
+	in    *intake
 	ended bool
 }
 
 func (b *body) Read(p []byte) (int, error) {
+	return b.read(p, b.in.read)
+}
+
+// WriteTo sends large pieces where the transport lets it.
+func (b *body) WriteTo(w io.Writer) (total int64, err error) {
+	piece := pieces.Get().(*[pieceBytes]byte)
+	defer pieces.Put(piece)
+	for err == nil {
+		var n int
+		n, err = b.read(piece[:], b.in.fill)
+		if n > 0 {
+			written, writeErr := w.Write(piece[:n])
+			total += int64(written)
+			if writeErr != nil {
+				return total, writeErr
+			}
+		}
+	}
+	if err == io.EOF {
+		err = nil
+	}
+	return total, err
+}
+
+func (b *body) read(p []byte, read func([]byte) (int, error)) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.ended {
 		return 0, errors.New("the request is over")
 	}
-	return b.r.Read(p)
+	b.watch.pause() // a slow source is no stalled connection
+	n, err := read(p)
+	if err == nil {
+		b.watch.begin()
+	}
+	return n, err
 }
 
 func (b *body) Close() error { return nil }
@@ -174,7 +249,20 @@ func (h *HTTP) Open(ctx context.Context, digest api.Digest) (Reader, error) {
 }
 
 func (h *HTTP) openRange(ctx context.Context, base string, digest api.Digest, offset, length int64) (io.ReadCloser, error) {
-	req, err := h.request(ctx, http.MethodGet, base, digest, nil)
+	if err := checkDigest(digest); err != nil {
+		return nil, err
+	}
+	ctx, watch := watchTransfer(ctx, h.idle)
+	body, err := h.openWatched(ctx, base, digest, offset, length)
+	if err != nil {
+		watch.stop()
+		return nil, err
+	}
+	return &watchedBody{body, watch}, nil
+}
+
+func (h *HTTP) openWatched(ctx context.Context, base string, digest api.Digest, offset, length int64) (io.ReadCloser, error) {
+	req, err := h.request(ctx, http.MethodGet, base+Path(digest), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -204,8 +292,11 @@ func (h *HTTP) openRange(ctx context.Context, base string, digest api.Digest, of
 
 // Stat implements Store.
 func (h *HTTP) Stat(ctx context.Context, digest api.Digest) (size int64, err error) {
+	if err := checkDigest(digest); err != nil {
+		return 0, err
+	}
 	err = h.each(func(base string) (again bool, err error) {
-		req, err := h.request(ctx, http.MethodHead, base, digest, nil)
+		req, err := h.request(ctx, http.MethodHead, base+Path(digest), nil)
 		if err != nil {
 			return false, err
 		}
@@ -260,13 +351,10 @@ func joinErrors(kind api.Kind, errs []error) error {
 	return api.Errorf(kind, "%w", errors.Join(errs...))
 }
 
-func (h *HTTP) request(ctx context.Context, method, base string, digest api.Digest, body io.Reader) (*http.Request, error) {
-	if err := checkDigest(digest); err != nil {
-		return nil, err
-	}
-	req, err := http.NewRequestWithContext(ctx, method, base+Path(digest), body)
+func (h *HTTP) request(ctx context.Context, method, url string, body io.Reader) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(ctx, method, url, body)
 	if err != nil {
-		return nil, api.Errorf(api.Invalid, "blob %s: %w", digest, err)
+		return nil, api.Errorf(api.Invalid, "blob: %w", err)
 	}
 	// Ranges and lengths are those of the blob, so nothing may be compressed.
 	req.Header.Set("Accept-Encoding", "identity")
@@ -292,7 +380,8 @@ func (h *HTTP) do(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, api.Errorf(api.Unavailable, "%w", err)
 	}
-	if resp.StatusCode == http.StatusOK || resp.StatusCode == http.StatusPartialContent {
+	switch resp.StatusCode {
+	case http.StatusOK, http.StatusPartialContent, http.StatusCreated:
 		return resp, nil
 	}
 	defer resp.Body.Close()

@@ -3,7 +3,8 @@ package blob
 import (
 	"bytes"
 	"context"
-	"fmt"
+	"crypto/sha256"
+	"hash"
 	"io"
 	"sync"
 
@@ -47,25 +48,63 @@ func (m *Memory) do(op string, digest api.Digest, f func() error) error {
 // Put implements Store.
 func (m *Memory) Put(ctx context.Context, digest api.Digest, r io.Reader, limit int64) (size int64, err error) {
 	err = m.do("put", digest, func() error {
-		in := newIntake(ctx, r, limit)
-		b, err := io.ReadAll(in)
-		if err != nil {
-			return fmt.Errorf("blob %s: %w", digest, err)
-		}
-		size = in.size
-		if err := in.verify(digest); err != nil {
-			return err
-		}
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		if m.blobs == nil {
-			m.blobs = make(map[api.Digest][]byte)
-		}
-		m.blobs[digest] = b
-		return nil
+		size, err = putStaged(ctx, memoryStager{m}, digest, newIntake(ctx, r, limit))
+		return err
 	})
 	return size, err
 }
+
+func (m *Memory) stage(context.Context) (staged, error) {
+	return &stagedMemory{m: m, sum: sha256.New(), ask: true}, nil
+}
+
+// memoryStager stages for Put, which asks Fail and Lose itself.
+type memoryStager struct{ m *Memory }
+
+func (s memoryStager) stage(context.Context) (staged, error) {
+	return &stagedMemory{m: s.m, sum: sha256.New()}, nil
+}
+
+func (s memoryStager) Stat(_ context.Context, digest api.Digest) (int64, error) {
+	b, err := s.m.get(digest)
+	return int64(len(b)), err
+}
+
+// stagedMemory is an unfinished blob of a Memory.
+type stagedMemory struct {
+	m   *Memory
+	b   bytes.Buffer
+	sum hash.Hash
+	ask bool // Fail and Lose
+}
+
+func (s *stagedMemory) append(in *intake) error {
+	in.sum, in.size = s.sum, int64(s.b.Len())
+	return in.copyTo(&s.b)
+}
+
+func (s *stagedMemory) length() int64 { return int64(s.b.Len()) }
+
+func (s *stagedMemory) commit(_ context.Context, digest api.Digest) error {
+	put := func() error {
+		if err := verifySum(digest, s.sum, s.length()); err != nil {
+			return err
+		}
+		s.m.mu.Lock()
+		defer s.m.mu.Unlock()
+		if s.m.blobs == nil {
+			s.m.blobs = make(map[api.Digest][]byte)
+		}
+		s.m.blobs[digest] = s.b.Bytes()
+		return nil
+	}
+	if !s.ask {
+		return put()
+	}
+	return s.m.do("put", digest, put)
+}
+
+func (s *stagedMemory) discard() {}
 
 func (m *Memory) get(digest api.Digest) ([]byte, error) {
 	m.mu.Lock()

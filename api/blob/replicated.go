@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	"github.com/musternet/muster/api"
 )
 
@@ -25,6 +27,7 @@ type Replicated struct {
 	ctx    context.Context // of the copies, which may outlive the call that started them
 	cancel context.CancelFunc
 	copies sync.WaitGroup
+	turns  *semaphore.Weighted // of copies that read a blob from its beginning
 
 	mu        sync.Mutex // guards confirmed, healing and closed
 	confirmed map[api.Digest]int64
@@ -43,7 +46,7 @@ func NewReplicated(local Store, peers func() []Store, need func() int) *Replicat
 	ctx, cancel := context.WithCancel(context.Background())
 	return &Replicated{
 		local: local, peers: peers, need: need,
-		ctx: ctx, cancel: cancel,
+		ctx: ctx, cancel: cancel, turns: semaphore.NewWeighted(maxCopies),
 		confirmed: make(map[api.Digest]int64),
 		healing:   make(map[api.Digest]*healing),
 	}
@@ -62,38 +65,63 @@ func (s *Replicated) Close() error {
 // Put implements Store: it returns once need copies are durable, and goes on
 // copying to the other peers.
 func (s *Replicated) Put(ctx context.Context, digest api.Digest, r io.Reader, limit int64) (int64, error) {
-	size, err := s.local.Put(ctx, digest, r, limit)
+	return putStaged(ctx, localFirst{s}, digest, newIntake(ctx, r, limit))
+}
+
+// localFirst is how Put asks for a blob that is there already: one that only
+// this machine has is copied and not sent again.
+type localFirst struct{ *Replicated }
+
+func (s localFirst) Stat(ctx context.Context, digest api.Digest) (int64, error) {
+	size, err := s.local.Stat(ctx, digest)
 	if err != nil {
 		return 0, err
 	}
-	return size, s.replicate(ctx, digest, size)
+	return size, s.replicate(ctx, digest, size, s.copiers(digest), isHere)
 }
 
-// replicate waits until need copies of a local blob are durable.
-func (s *Replicated) replicate(ctx context.Context, digest api.Digest, size int64) error {
-	s.mu.Lock()
-	if _, ok := s.confirmed[digest]; ok || s.closed {
-		closed := s.closed
-		s.mu.Unlock()
-		if closed {
-			return api.Errorf(api.Unavailable, "blob %s: the scheduler is shutting down", digest)
-		}
-		return nil
+// copier makes one copy; it runs under Replicated's context.
+type copier func(ctx context.Context) error
+
+// copiers are copies of a local blob to every peer.
+func (s *Replicated) copiers(digest api.Digest) []copier {
+	var all []copier
+	for _, peer := range s.peers() {
+		all = append(all, func(ctx context.Context) error { return s.copyTo(ctx, peer, digest) })
 	}
-	peers := s.peers()
-	s.copies.Add(len(peers))
+	return all
+}
+
+// replicate waits until need copies of a blob are durable, the local one among
+// them, which here makes meanwhile.
+func (s *Replicated) replicate(ctx context.Context, digest api.Digest, size int64, copiers []copier, here func() error) error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return shuttingDown(digest)
+	}
+	if _, ok := s.confirmed[digest]; ok {
+		s.mu.Unlock()
+		return here()
+	}
+	s.copies.Add(len(copiers))
 	s.mu.Unlock()
 
-	done := make(chan error, len(peers))
-	for _, peer := range peers {
+	done := make(chan error, len(copiers))
+	for _, make := range copiers {
 		go func() {
 			defer s.copies.Done()
-			done <- s.copyTo(peer, digest)
+			ctx, cancel := context.WithTimeout(s.ctx, copyTimeout)
+			defer cancel()
+			done <- make(ctx)
 		}()
+	}
+	if err := here(); err != nil {
+		return err
 	}
 	have, need := 1, s.need()
 	var failures []error
-	for range peers {
+	for range copiers {
 		if have >= need {
 			break
 		}
@@ -116,6 +144,20 @@ func (s *Replicated) replicate(ctx context.Context, digest api.Digest, size int6
 	return nil
 }
 
+// isHere is for a blob that is stored locally already.
+func isHere() error { return nil }
+
+func shuttingDown(digest api.Digest) error {
+	return api.Errorf(api.Unavailable, "blob %s: the scheduler is shutting down", digest)
+}
+
+func (s *Replicated) isConfirmed(digest api.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.confirmed[digest]
+	return ok
+}
+
 func (s *Replicated) confirm(digest api.Digest, size int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -125,9 +167,14 @@ func (s *Replicated) confirm(digest api.Digest, size int64) {
 	s.confirmed[digest] = size
 }
 
-func (s *Replicated) copyTo(peer Store, digest api.Digest) error {
-	ctx, cancel := context.WithTimeout(s.ctx, copyTimeout)
-	defer cancel()
+// maxCopies bounds the copies to and from peers that run at the same time.
+const maxCopies = 16
+
+func (s *Replicated) copyTo(ctx context.Context, peer Store, digest api.Digest) error {
+	if err := s.turns.Acquire(ctx, 1); err != nil {
+		return api.Errorf(api.Unavailable, "blob %s: too many copies are under way: %w", digest, err)
+	}
+	defer s.turns.Release(1)
 	r, err := s.local.Open(ctx, digest)
 	if err != nil {
 		return err
@@ -175,7 +222,7 @@ func (s *Replicated) Stat(ctx context.Context, digest api.Digest) (int64, error)
 	if err != nil {
 		return 0, err
 	}
-	return size, s.replicate(ctx, digest, size)
+	return size, s.replicate(ctx, digest, size, s.copiers(digest), isHere)
 }
 
 // healing is one copy from a peer that any number of calls wait for.
@@ -189,7 +236,7 @@ func (s *Replicated) heal(ctx context.Context, digest api.Digest) error {
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
-		return api.Errorf(api.Unavailable, "blob %s: the scheduler is shutting down", digest)
+		return shuttingDown(digest)
 	}
 	h, ok := s.healing[digest]
 	if !ok {
@@ -217,6 +264,10 @@ func (s *Replicated) heal(ctx context.Context, digest api.Digest) error {
 func (s *Replicated) copyFromPeer(digest api.Digest) error {
 	ctx, cancel := context.WithTimeout(s.ctx, copyTimeout)
 	defer cancel()
+	if err := s.turns.Acquire(ctx, 1); err != nil {
+		return api.Errorf(api.Unavailable, "blob %s: too many copies are under way: %w", digest, err)
+	}
+	defer s.turns.Release(1)
 	var failures []error
 	for _, peer := range s.peers() {
 		err := func() error {

@@ -25,7 +25,9 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func allow(*http.Request) error { return nil }
+func allow(*http.Request) (Caller, error) { return Caller{ID: "customer"}, nil }
+
+func allowPeer(*http.Request) (Caller, error) { return Caller{ID: "node", Peer: true}, nil }
 
 func newDir(t *testing.T) *Dir {
 	t.Helper()
@@ -286,11 +288,11 @@ func TestHandlerStatuses(t *testing.T) {
 	d := newDir(t)
 	digest := api.DigestOf([]byte("hello"))
 	deny := false
-	h := Handler(d, func(*http.Request) error {
+	h := Handler(d, func(*http.Request) (Caller, error) {
 		if deny {
-			return api.Errorf(api.Unauthenticated, "who are you?")
+			return Caller{}, api.Errorf(api.Unauthenticated, "who are you?")
 		}
-		return nil
+		return Caller{ID: "you"}, nil
 	}, 5)
 	do := func(method, path, body string, header ...string) *httptest.ResponseRecorder {
 		r := httptest.NewRequest(method, path, strings.NewReader(body))
@@ -426,11 +428,11 @@ func TestHTTPFailover(t *testing.T) {
 		})
 	}
 	store := serve(t, HTTPConfig{Authorization: func(context.Context) (string, error) { return "Bearer k", nil }},
-		count(down), Handler(m, func(r *http.Request) error {
+		count(down), Handler(m, func(r *http.Request) (Caller, error) {
 			if r.Header.Get("Authorization") != "Bearer k" {
-				return api.Errorf(api.Denied, "wrong key")
+				return Caller{}, api.Errorf(api.Denied, "wrong key")
 			}
-			return nil
+			return Caller{ID: "k"}, nil
 		}, NoLimit))
 	if size, err := store.Put(t.Context(), digest, bytes.NewReader(content), NoLimit); err != nil || size != 200_000 {
 		t.Fatalf("%d, %v", size, err)
@@ -452,8 +454,9 @@ func TestHTTPFailover(t *testing.T) {
 
 func TestHTTPSkipsWhatIsThere(t *testing.T) {
 	m := &Memory{}
-	digest := api.DigestOf([]byte("a"))
-	if _, err := m.Put(t.Context(), digest, strings.NewReader("a"), 1); err != nil {
+	content := bytes.Repeat([]byte("a"), maxUnasked+1)
+	digest := api.DigestOf(content)
+	if _, err := m.Put(t.Context(), digest, bytes.NewReader(content), NoLimit); err != nil {
 		t.Fatal(err)
 	}
 	store := serve(t, HTTPConfig{}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -462,7 +465,7 @@ func TestHTTPSkipsWhatIsThere(t *testing.T) {
 		}
 		Handler(m, allow, 1).ServeHTTP(w, r)
 	}))
-	if _, err := store.Put(t.Context(), digest, strings.NewReader("a"), 1); err != nil {
+	if _, err := store.Put(t.Context(), digest, bytes.NewReader(content), NoLimit); err != nil {
 		t.Error(err)
 	}
 }

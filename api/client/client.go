@@ -5,6 +5,7 @@ package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	mrand "math/rand/v2"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -43,7 +45,7 @@ type Config struct {
 type Client struct {
 	musterpbconnect.MusterClient
 	config Config
-	http   *http.Client
+	blobs  *http.Client
 }
 
 // New makes a client; it does not call the cluster yet.
@@ -55,7 +57,7 @@ func New(cfg Config) (*Client, error) {
 		cfg.Patience = 15 * time.Second
 	}
 	base := NewTransport()
-	c := &Client{config: cfg, http: &http.Client{Transport: base}}
+	c := &Client{config: cfg, blobs: &http.Client{Transport: NewBlobTransport()}}
 	rpc := &http.Client{Transport: &failover{base: base, addresses: cfg.Addresses, patience: cfg.Patience}}
 	c.MusterClient = musterpbconnect.NewMusterClient(rpc, BaseURL(cfg.Addresses[0]), Bearer(cfg.Key), Compression())
 	return c, nil
@@ -63,6 +65,47 @@ func New(cfg Config) (*Client, error) {
 
 // NewID is an ID for a request that may be repeated.
 func NewID() string { return strings.ToLower(rand.Text()) }
+
+// Watched completes a message of WatchJob, which leaves out the specification
+// and the key of a job that were sent before. Last is the job of the message
+// before, nil for a stream's first.
+func Watched(last, next *musterpb.Job) *musterpb.Job {
+	if last != nil && next.Spec == nil {
+		next.Spec, next.PermutationKey = last.Spec, last.PermutationKey
+	}
+	return next
+}
+
+// Detail is a job with all of its attempts and checks, which come page by page.
+func (c *Client) Detail(ctx context.Context, job string) (*musterpb.GetJobResponse, error) {
+	var all *musterpb.GetJobResponse
+	for after := uint32(0); ; {
+		page, err := c.GetJob(ctx, connect.NewRequest(&musterpb.GetJobRequest{Job: job, Detail: true, AfterTask: after}))
+		if err != nil {
+			return nil, err
+		}
+		if all == nil {
+			all = page.Msg
+		} else {
+			all.Attempts, all.Checks = append(all.Attempts, page.Msg.Attempts...), append(all.Checks, page.Msg.Checks...)
+		}
+		if after = page.Msg.NextTask; after == 0 {
+			break
+		}
+	}
+	all.NextTask = 0
+	InOrder(all.Attempts, all.Checks)
+	return all, nil
+}
+
+// InOrder sorts a job's attempts by when they were placed, and its checks,
+// which are in order of their tasks, by when they were opened.
+func InOrder(attempts []*musterpb.Attempt, checks []*musterpb.Check) {
+	slices.SortStableFunc(attempts, func(a, b *musterpb.Attempt) int {
+		return cmp.Or(cmp.Compare(a.PlacedUnixMs, b.PlacedUnixMs), cmp.Compare(a.Hold, b.Hold))
+	})
+	slices.SortStableFunc(checks, func(a, b *musterpb.Check) int { return cmp.Compare(a.OpenedUnixMs, b.OpenedUnixMs) })
+}
 
 // BaseURL is the URL of a scheduler's API address.
 func BaseURL(address string) string {
@@ -74,7 +117,7 @@ func BaseURL(address string) string {
 
 // Blobs is the cluster's blob store.
 func (c *Client) Blobs() *blob.HTTP {
-	return Blobs(c.http, c.config.Key, func() []string { return c.config.Addresses })
+	return Blobs(c.blobs, c.config.Key, func() []string { return c.config.Addresses })
 }
 
 // Blobs is the blob store behind schedulers' addresses.
@@ -131,6 +174,26 @@ func NewTransport() *http.Transport {
 	t.Protocols = new(http.Protocols)
 	t.Protocols.SetUnencryptedHTTP2(true)
 	t.HTTP2 = &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second}
+	return t
+}
+
+// NewBlobTransport is the HTTP transport for blobs: HTTP/1.1, where a transfer
+// has a connection of its own. In HTTP/2 as net/http has it, frames of 16 KiB
+// and two windows of flow control take three times the CPU, and a large transfer
+// delays the calls that share its connection. Probes find a dead connection that
+// waits for an answer within half a minute; a transfer that stands still is the
+// store's to notice.
+func NewBlobTransport() *http.Transport {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.Proxy = nil
+	t.DialContext = (&net.Dialer{Timeout: dialWithin, KeepAliveConfig: net.KeepAliveConfig{
+		Enable: true, Idle: 10 * time.Second, Interval: 5 * time.Second, Count: 3,
+	}}).DialContext
+	t.Protocols = new(http.Protocols)
+	t.Protocols.SetHTTP1(true)
+	t.DisableCompression = true
+	t.MaxIdleConnsPerHost, t.MaxConnsPerHost = 8, 64
+	t.IdleConnTimeout = 30 * time.Second
 	return t
 }
 

@@ -66,6 +66,7 @@ func serve(t *testing.T, f *fakeMuster) (address string) {
 func serveHTTP(t *testing.T, handler http.Handler) (address string) {
 	srv := httptest.NewUnstartedServer(handler)
 	srv.Config.Protocols = new(http.Protocols)
+	srv.Config.Protocols.SetHTTP1(true)
 	srv.Config.Protocols.SetUnencryptedHTTP2(true)
 	srv.Start()
 	t.Cleanup(srv.Close)

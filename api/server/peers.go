@@ -23,14 +23,18 @@ var errNotLeader = errors.New("this scheduler does not lead the cluster; dial th
 
 // Peers is this node's side of the conversation between schedulers.
 type Peers struct {
-	id   api.NodeID
-	key  ed25519.PrivateKey
-	http *http.Client
+	id    api.NodeID
+	key   ed25519.PrivateKey
+	http  *http.Client
+	blobs *http.Client
 }
 
 // NewPeers makes the client side of a node.
 func NewPeers(key ed25519.PrivateKey) *Peers {
-	return &Peers{id: api.NodeIDOf(key.Public().(ed25519.PublicKey)), key: key, http: &http.Client{Transport: client.NewTransport()}}
+	return &Peers{
+		id: api.NodeIDOf(key.Public().(ed25519.PublicKey)), key: key,
+		http: &http.Client{Transport: client.NewTransport()}, blobs: &http.Client{Transport: client.NewBlobTransport()},
+	}
 }
 
 // Propose asks the leader to propose what this node says for itself.
@@ -79,7 +83,7 @@ func joinText(node *musterpb.Node) ([]byte, error) {
 // Blobs is the blob store of one other scheduler: what it holds itself.
 func (p *Peers) Blobs(address string) blob.Store {
 	return blob.NewHTTP(blob.HTTPConfig{
-		Client: p.http, Addresses: func() []string { return []string{client.BaseURL(address)} }, Replica: true,
+		Client: p.blobs, Addresses: func() []string { return []string{client.BaseURL(address)} }, Replica: true,
 		Authorization: func(context.Context) (string, error) { return NodeAuthorization(p.id, p.key, time.Now()), nil },
 	})
 }

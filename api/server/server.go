@@ -71,6 +71,7 @@ type Config struct {
 	State     *state.State
 	Scheduler Scheduler
 	Cluster   Cluster
+	History   History // nil: nothing is ever sealed
 	// Blobs answers customers and workers; Local is this node's own copy, for
 	// its peers. They are the same in a store that is shared.
 	Blobs, Local blob.Store
@@ -85,6 +86,9 @@ type Server struct {
 
 // New makes a server; Serve runs it.
 func New(cfg Config) *Server {
+	if cfg.History == nil {
+		cfg.History = noHistory{}
+	}
 	return &Server{Config: cfg, forwarding: semaphore.NewWeighted(maxForwardedBytes)}
 }
 
@@ -278,21 +282,22 @@ func NodeAuthorization(id api.NodeID, key ed25519.PrivateKey, now time.Time) str
 func nodeText(id, stamp string) []byte { return []byte("muster node v1\n" + id + "\n" + stamp) }
 
 // mayUseBlobs lets in holders of any API key, and the cluster's schedulers.
-func (s *Server) mayUseBlobs(r *http.Request) error {
+func (s *Server) mayUseBlobs(r *http.Request) (blob.Caller, error) {
 	if rest, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Muster-Node "); ok {
-		return s.checkNode(rest)
+		return blob.Caller{ID: rest[:strings.IndexByte(rest+" ", ' ')], Peer: true}, s.checkNode(rest)
 	}
 	key, err := s.authenticate(r.Header.Get("Authorization"))
 	if err != nil {
-		return err
+		return blob.Caller{}, err
 	}
+	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	switch {
 	case r.Header.Get(blob.ReplicaHeader) != "":
-		return api.Errorf(api.Denied, "only schedulers may ask for the copy of one node")
-	case r.Method == http.MethodPut && key.Role == musterpb.Role_ROLE_READER:
-		return api.Errorf(api.Denied, "a reader key may not upload")
+		return blob.Caller{}, api.Errorf(api.Denied, "only schedulers may ask for the copy of one node")
+	case !reads && key.Role == musterpb.Role_ROLE_READER:
+		return blob.Caller{}, api.Errorf(api.Denied, "a reader key may not upload")
 	}
-	return nil
+	return blob.Caller{ID: string(key.Hash)}, nil
 }
 
 func (s *Server) checkNode(header string) error {

@@ -17,6 +17,7 @@ const minMemoryBytes = 6 << 20
 
 // imageFacts is what matters of an image's own configuration.
 type imageFacts struct {
+	id      string // the engine's: what is run is what these facts are of
 	env     []string
 	volumes []string
 }
@@ -42,9 +43,9 @@ func identify(engine Engine, self identity) identity {
 }
 
 // config says what to run: the image's entrypoint with the spec's command.
-func config(spec container.Spec, tag string, facts imageFacts, user identity, owner string, cdi bool) *dcontainer.Config {
+func config(spec container.Spec, facts imageFacts, user identity, owner string, cdi bool) *dcontainer.Config {
 	return &dcontainer.Config{
-		Image:       tag,
+		Image:       facts.id,
 		Cmd:         spec.Command,
 		Env:         environment(spec, facts, cdi),
 		User:        fmt.Sprintf("%d:%d", user.uid, user.gid),

@@ -80,9 +80,10 @@ type Runtime struct {
 	client *client.Client
 	images container.Gate // one load or pull per digest at a time
 
-	mu     sync.Mutex // guards engine and live
-	engine *Engine    // nil until the engine has answered once
-	live   map[string]bool
+	mu      sync.Mutex // guards engine, live and present
+	engine  *Engine    // nil until the engine has answered once
+	live    map[string]bool
+	present map[string]imageFacts // by tag: images that the engine was seen to have
 }
 
 var _ container.Runtime = (*Runtime)(nil)
@@ -106,7 +107,7 @@ func New(opts Options) (*Runtime, error) {
 	if err != nil {
 		return nil, api.Errorf(api.Invalid, "docker: engine address: %w", err)
 	}
-	return &Runtime{opts: opts, client: c, live: make(map[string]bool)}, nil
+	return &Runtime{opts: opts, client: c, live: make(map[string]bool), present: make(map[string]imageFacts)}, nil
 }
 
 // Probe asks the engine that the options name whether it can run jobs. The

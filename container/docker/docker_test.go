@@ -52,7 +52,7 @@ const skipVariable = "MUSTER_SKIP_DOCKER"
 
 // engine returns a Runtime on the machine's engine with an owner of its own,
 // and checks at the end of the test that nothing of it is left.
-func engine(t *testing.T, adjust ...func(*Options)) *Runtime {
+func engine(t testing.TB, adjust ...func(*Options)) *Runtime {
 	t.Helper()
 	if os.Getenv(skipVariable) == "1" {
 		t.Skipf("%s=1: NOT TESTED: running jobs in a real Docker engine", skipVariable)
@@ -83,7 +83,7 @@ func engine(t *testing.T, adjust ...func(*Options)) *Runtime {
 	return r
 }
 
-func containers(t *testing.T, r *Runtime) []string {
+func containers(t testing.TB, r *Runtime) []string {
 	t.Helper()
 	found, err := r.client.ContainerList(context.Background(), dcontainer.ListOptions{All: true, Filters: filters.NewArgs(filters.Arg("label", labelOwner+"="+r.opts.Owner))})
 	if err != nil {
@@ -96,7 +96,7 @@ func containers(t *testing.T, r *Runtime) []string {
 	return names
 }
 
-func forgetAll(t *testing.T, r *Runtime) {
+func forgetAll(t testing.TB, r *Runtime) {
 	t.Helper()
 	for _, path := range []string{probeArchive(t).Archive, ociArchive(t).Archive} {
 		if err := r.Forget(context.Background(), imageOf(t, path)); err != nil {
@@ -258,7 +258,7 @@ func must(t testing.TB, err error) {
 }
 
 // spec is a run of the probe with test-sized limits.
-func spec(t *testing.T, command ...string) container.Spec {
+func spec(t testing.TB, command ...string) container.Spec {
 	t.Helper()
 	return container.Spec{
 		ID:          "attempt-" + t.Name(),
@@ -636,6 +636,11 @@ func TestCommandThatCannotRun(t *testing.T) {
 			var logs bytes.Buffer
 			s := spec(t)
 			s.Image, s.Logs = imageOf(t, path), &logs
+			s.Started = func() {
+				if test.entrypoint == "" {
+					t.Error("said to have started, without a command")
+				}
+			}
 			defer r.Forget(context.Background(), s.Image)
 			result := run(t, r, s)
 			expect(t, result, container.Exited)

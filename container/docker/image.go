@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -36,7 +37,7 @@ func (r *Runtime) Ensure(ctx context.Context, img container.Image) error {
 		return err
 	}
 	defer leave()
-	switch _, err := r.client.ImageInspect(ctx, tag); {
+	switch _, err := r.facts(ctx, tag); {
 	case err == nil:
 		return nil
 	case !cerrdefs.IsNotFound(err):
@@ -46,6 +47,42 @@ func (r *Runtime) Ensure(ctx context.Context, img container.Image) error {
 		return r.load(ctx, img, tag, engine)
 	}
 	return r.fetch(ctx, img, tag, engine)
+}
+
+// maxFacts bounds the images that are remembered as present.
+const maxFacts = 1000
+
+// facts is what matters of a present image. The engine is asked once: what a tag
+// of ours names does not change, and that somebody removed it shows when a
+// container is made of it.
+func (r *Runtime) facts(ctx context.Context, tag string) (imageFacts, error) {
+	r.mu.Lock()
+	facts, ok := r.present[tag]
+	r.mu.Unlock()
+	if ok {
+		return facts, nil
+	}
+	found, err := r.client.ImageInspect(ctx, tag)
+	if err != nil {
+		return imageFacts{}, err
+	}
+	facts.id = found.ID
+	if found.Config != nil {
+		facts.env, facts.volumes = found.Config.Env, slices.Sorted(maps.Keys(found.Config.Volumes))
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.present) >= maxFacts {
+		clear(r.present)
+	}
+	r.present[tag] = facts
+	return facts, nil
+}
+
+func (r *Runtime) forgetFacts(tag string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.present, tag)
 }
 
 // load gives the engine an image from an archive file.
@@ -210,6 +247,7 @@ func (r *Runtime) Forget(ctx context.Context, img container.Image) error {
 		return err
 	}
 	defer leave()
+	r.forgetFacts(tag)
 	found, err := r.client.ImageInspect(ctx, tag)
 	if cerrdefs.IsNotFound(err) {
 		return nil

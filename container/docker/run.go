@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
-	"slices"
 	"strings"
 	"time"
 
@@ -116,7 +114,13 @@ func (r *Runtime) runOnce(ctx context.Context, spec container.Spec, engine Engin
 	if ctx.Err() != nil {
 		return container.Result{Reason: container.Cancelled}, nil
 	}
+	// Both have to be there before the start; the engine takes a while for each.
+	waitCtx, stopWaiting := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWaiting()
+	registered := make(chan (<-chan exit), 1)
+	go func() { registered <- r.exit(waitCtx, id) }()
 	stream, err := r.attach(ctx, id)
+	exited := <-registered
 	if err != nil {
 		return container.Result{}, err
 	}
@@ -128,7 +132,7 @@ func (r *Runtime) runOnce(ctx context.Context, spec container.Spec, engine Engin
 	}()
 	defer func() { drain(stream, copied) }()
 
-	return r.supervise(ctx, spec, id, logs)
+	return r.supervise(ctx, spec, id, logs, exited)
 }
 
 // drain waits for the rest of a stopped program's output. The engine closes
@@ -152,15 +156,15 @@ func (r *Runtime) create(ctx context.Context, spec container.Spec, engine Engine
 	if err != nil {
 		return "", container.Result{}, err
 	}
-	facts, err := r.facts(ctx, tag)
-	if err != nil {
-		return "", container.Result{}, fmt.Errorf("docker: run %s: image %s is not ready: %w", spec.ID, spec.Image.Digest, err)
+	created, err := r.createFrom(ctx, spec, tag, engine, user)
+	if cerrdefs.IsNotFound(err) {
+		// Somebody removed the image since it was last looked at.
+		r.forgetFacts(tag)
+		if err := r.Ensure(ctx, spec.Image); err != nil {
+			return "", container.Result{}, err
+		}
+		created, err = r.createFrom(ctx, spec, tag, engine, user)
 	}
-	detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), createTimeout)
-	defer cancel()
-	created, err := r.client.ContainerCreate(detached,
-		config(spec, tag, facts, user, r.opts.Owner, usesCDI(spec.GPUs, engine)),
-		hostConfig(spec, facts, engine, user, r.opts), nil, nil, "")
 	if cerrdefs.IsInvalidArgument(err) && strings.Contains(strings.ToLower(err.Error()), "no command specified") {
 		logs.Note("the image has no command of its own, and the job gave none")
 		return "", container.Result{Reason: container.Exited, ExitCode: exitNotFound}, nil
@@ -171,12 +175,16 @@ func (r *Runtime) create(ctx context.Context, spec container.Spec, engine Engine
 	return created.ID, container.Result{}, nil
 }
 
-func (r *Runtime) facts(ctx context.Context, tag string) (imageFacts, error) {
-	found, err := r.client.ImageInspect(ctx, tag)
-	if err != nil || found.Config == nil {
-		return imageFacts{}, err
+func (r *Runtime) createFrom(ctx context.Context, spec container.Spec, tag string, engine Engine, user identity) (dcontainer.CreateResponse, error) {
+	facts, err := r.facts(ctx, tag)
+	if err != nil {
+		return dcontainer.CreateResponse{}, fmt.Errorf("image %s is not ready: %w", spec.Image.Digest, err)
 	}
-	return imageFacts{env: found.Config.Env, volumes: slices.Sorted(maps.Keys(found.Config.Volumes))}, nil
+	detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), createTimeout)
+	defer cancel()
+	return r.client.ContainerCreate(detached,
+		config(spec, facts, user, r.opts.Owner, usesCDI(spec.GPUs, engine)),
+		hostConfig(spec, facts, engine, user, r.opts), nil, nil, "")
 }
 
 // attach opens the output stream. It must come before start: the log driver is
@@ -191,17 +199,14 @@ func (r *Runtime) attach(ctx context.Context, id string) (types.HijackedResponse
 
 // supervise starts the container, waits for the first of exit, cancellation,
 // timeout and full outputs, makes sure that it has stopped, and says how it ended.
-func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string, logs *container.Log) (container.Result, error) {
-	waitCtx, stopWaiting := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopWaiting()
-	exited := r.exit(waitCtx, id)
-	signals := r.signals(waitCtx, id)
-
+func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string, logs *container.Log, exited <-chan exit) (container.Result, error) {
+	began := time.Now()
 	if result, err := r.start(ctx, id, logs); err != nil || result.Reason != "" {
 		return result, err
 	}
+	spec.HasStarted()
 
-	watchCtx, stopWatching := context.WithCancel(waitCtx)
+	watchCtx, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
 	full := make(chan error, 1)
 	go func() {
 		full <- container.Watch(watchCtx, container.Quota{Dir: spec.Outputs, LimitBytes: spec.OutputLimit()})
@@ -211,11 +216,14 @@ func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string,
 	defer timeout.Stop()
 
 	select {
-	case err := <-exited:
-		if err != nil {
-			return container.Result{}, r.fault("wait for run "+spec.ID, err)
+	case end := <-exited:
+		switch {
+		case end.err != nil:
+			return container.Result{}, r.fault("wait for run "+spec.ID, end.err)
+		case end.code == 0:
+			return container.Result{Reason: container.Exited}, nil
 		}
-		return r.verdict(ctx, id, container.Exited, signals)
+		return r.verdict(ctx, id, container.Exited, began)
 	case <-ctx.Done():
 		logs.Note("cancelled")
 		return r.stop(ctx, id, container.Cancelled, exited)
@@ -228,21 +236,27 @@ func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string,
 	}
 }
 
-// exit delivers one value when the container has stopped: nil, or why waiting
-// failed. It is registered with the engine before it returns.
-func (r *Runtime) exit(ctx context.Context, id string) <-chan error {
+// exit is how waiting for a container ended.
+type exit struct {
+	code int64
+	err  error // of the waiting, not the program's
+}
+
+// exit delivers one value when the container has stopped. It is registered with
+// the engine before it returns.
+func (r *Runtime) exit(ctx context.Context, id string) <-chan exit {
 	stopped, failed := r.client.ContainerWait(ctx, id, dcontainer.WaitConditionNextExit)
-	exited := make(chan error, 1)
+	exited := make(chan exit, 1)
 	go func() {
 		select {
 		case answer := <-stopped:
+			end := exit{code: answer.StatusCode}
 			if answer.Error != nil {
-				exited <- errors.New(answer.Error.Message)
-			} else {
-				exited <- nil
+				end.err = errors.New(answer.Error.Message)
 			}
+			exited <- end
 		case err := <-failed:
-			exited <- err
+			exited <- exit{err: err}
 		}
 	}()
 	return exited
@@ -265,7 +279,7 @@ func (r *Runtime) start(ctx context.Context, id string, logs *container.Log) (co
 }
 
 // stop asks the program to end, then makes it.
-func (r *Runtime) stop(ctx context.Context, id string, reason container.Reason, exited <-chan error) (container.Result, error) {
+func (r *Runtime) stop(ctx context.Context, id string, reason container.Reason, exited <-chan exit) (container.Result, error) {
 	graceSeconds := int(max(r.opts.StopGrace, time.Second) / time.Second)
 	detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), r.opts.StopGrace+removeTimeout)
 	defer cancel()
@@ -276,7 +290,7 @@ func (r *Runtime) stop(ctx context.Context, id string, reason container.Reason, 
 }
 
 // kill ends a program that is doing harm to the machine's disk, without grace.
-func (r *Runtime) kill(ctx context.Context, id string, cause error, exited <-chan error, logs *container.Log) (container.Result, error) {
+func (r *Runtime) kill(ctx context.Context, id string, cause error, exited <-chan exit, logs *container.Log) (container.Result, error) {
 	detached, cancel := context.WithTimeout(context.WithoutCancel(ctx), removeTimeout)
 	defer cancel()
 	if err := r.client.ContainerKill(detached, id, "SIGKILL"); err != nil && !cerrdefs.IsConflict(err) && !cerrdefs.IsNotFound(err) {
@@ -290,28 +304,41 @@ func (r *Runtime) kill(ctx context.Context, id string, cause error, exited <-cha
 }
 
 // gone waits until the engine says that a program which was told to end has.
-func (r *Runtime) gone(ctx context.Context, id string, reason container.Reason, exited <-chan error) (container.Result, error) {
+func (r *Runtime) gone(ctx context.Context, id string, reason container.Reason, exited <-chan exit) (container.Result, error) {
 	select {
-	case err := <-exited:
-		if err != nil {
-			return container.Result{}, r.fault("wait for container "+id, err)
+	case end := <-exited:
+		if end.err != nil {
+			return container.Result{}, r.fault("wait for container "+id, end.err)
 		}
-		return r.verdict(ctx, id, reason, nil)
+		return r.verdict(ctx, id, reason, time.Time{})
 	case <-ctx.Done():
 		return container.Result{}, api.Errorf(api.Unavailable, "docker: container %s did not stop within %v", id, removeTimeout)
 	}
 }
 
-// signals delivers the engine's events of signals that somebody sent to the
-// container through it, until ctx ends.
-func (r *Runtime) signals(ctx context.Context, id string) <-chan events.Message {
-	messages, _ := r.client.Events(ctx, events.ListOptions{Filters: filters.NewArgs(
-		filters.Arg("type", string(events.ContainerEventType)),
-		filters.Arg("event", string(events.ActionKill)),
-		filters.Arg("container", id),
-	)})
-	return messages
+// signal returns the signal that somebody sent to the container through the
+// engine since began, if it says so within killEventDelay.
+func (r *Runtime) signal(ctx context.Context, id string, began time.Time) (signal string, sent bool) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
+	defer cancel()
+	messages, ended := r.client.Events(ctx, events.ListOptions{
+		// The engine keeps what happened last, and a signal came just before the exit.
+		Since: timestamp(began), Until: timestamp(time.Now().Add(killEventDelay)),
+		Filters: filters.NewArgs(
+			filters.Arg("type", string(events.ContainerEventType)),
+			filters.Arg("event", string(events.ActionKill)),
+			filters.Arg("container", id),
+		),
+	})
+	select {
+	case event := <-messages:
+		return event.Actor.Attributes["signal"], true
+	case <-ended:
+		return "", false
+	}
 }
+
+func timestamp(t time.Time) string { return fmt.Sprintf("%d.%09d", t.Unix(), t.Nanosecond()) }
 
 // verdict reads how the program ended. A kill by the memory limit counts only
 // if the program failed: one that lost a helper and recovered did not.
@@ -321,7 +348,7 @@ func (r *Runtime) signals(ctx context.Context, id string) <-chan events.Message 
 // if a program died of SIGKILL and nobody sent one through the engine, then the
 // kernel did, for want of memory. A program that exits with 137 of its own will
 // is reported as out of memory too; the engine cannot tell the two apart.
-func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reason, signals <-chan events.Message) (container.Result, error) {
+func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reason, began time.Time) (container.Result, error) {
 	state, err := r.state(ctx, id)
 	if err != nil {
 		return container.Result{}, err
@@ -337,10 +364,8 @@ func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reaso
 	if state.ExitCode != exitKilled && state.ExitCode != exitStopped {
 		return result, nil
 	}
-	select {
-	case event := <-signals:
-		return container.Result{}, api.Errorf(api.Unavailable, "docker: somebody else stopped container %s (signal %s)", id, event.Actor.Attributes["signal"])
-	case <-time.After(killEventDelay):
+	if signal, sent := r.signal(ctx, id, began); sent {
+		return container.Result{}, api.Errorf(api.Unavailable, "docker: somebody else stopped container %s (signal %s)", id, signal)
 	}
 	if state.ExitCode == exitKilled {
 		result.Reason = container.OutOfMemory

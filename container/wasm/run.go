@@ -109,6 +109,7 @@ func runProgram(ctx context.Context, p *program, spec container.Spec, scratch st
 			stop(err)
 		}
 	}()
+	spec.HasStarted()
 	ended := execute(experimental.WithMemoryAllocator(runCtx, memory), p, moduleConfig(runCtx, spec, mounts, logs))
 	stopWatching()
 	<-watched

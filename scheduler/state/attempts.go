@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/musternet/muster/api"
+	"github.com/musternet/muster/api/jobspec"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/ledger"
 	"github.com/musternet/muster/verify"
@@ -115,6 +116,9 @@ func (s *State) placeWork(job *musterpb.Job, a *musterpb.Attempt) error {
 		return err
 	}
 	must(s.hold(a, x.money))
+	if x.order == nil { // every step from here on wants the attempt's items
+		x.order = jobspec.OrderOf(job.Spec, job.PermutationKey)
+	}
 	job = s.editJob(a.Job)
 	if at >= 0 {
 		unqueue(job, at)

@@ -46,7 +46,7 @@ type jobIndex struct {
 	money   string               // the name of its ledger account
 	due     int                  // results to come, or there, whose check has no run yet
 	wanted  queue                // checks that want so many further runs
-	order   *jobspec.Permutation // of its items, once something was drawn
+	order   *jobspec.Permutation // of its items, once something was placed
 	made    uint64               // the entry that made the stored job
 	told    uint64               // the entry that noted a change
 }
