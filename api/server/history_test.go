@@ -39,7 +39,7 @@ func (b *bench) worker(owner string) string {
 func (b *bench) submit(key string, tasks int) string {
 	b.t.Helper()
 	spec := b.spec()
-	spec.Items, spec.Chunk, spec.BudgetMicroUsd = &musterpb.Items{Count: uint64(tasks)}, 1, 1e8
+	spec.Items, spec.Chunk, spec.BudgetMicroUsd, spec.MaxPriceMicroUsdPerHour = &musterpb.Items{Count: uint64(tasks)}, 1, 1e8, 1e5
 	resp, err := b.client(key, 0).SubmitJob(b.t.Context(), connect.NewRequest(&musterpb.SubmitJobRequest{Id: client.NewID(), Spec: spec}))
 	if err != nil {
 		b.t.Fatal(err)
@@ -234,6 +234,61 @@ func TestSealedAnswersAreTheSame(t *testing.T) {
 	diff(t, "through a follower", second, b.everything(jobs, 1))
 	b.seal()
 	diff(t, "after sealing again", second, b.everything(jobs, 0))
+}
+
+// A large job comes page by page, and the pages are the same once it is sealed:
+// it may be between two of them.
+func TestPagesOfALargeJob(t *testing.T) {
+	b := newBench(t)
+	b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: "owner-1"}}})
+	worker, job := b.worker("owner-1"), b.submit("acme", 20_000)
+	for n := range uint32(archive.PageAttempts + 2000) {
+		b.run(job, n, "", worker)
+	}
+	if err := call(t.Context(), b.client("acme", 0).CancelJob, &musterpb.CancelJobRequest{Job: job}); err != nil {
+		t.Fatal(err)
+	}
+	b.finish(worker, b.worker("acme"))
+	c := b.client("acme", 0)
+	type page struct {
+		job  *musterpb.GetJobResponse
+		logs *musterpb.GetLogsResponse
+	}
+	read := func(from uint32) page {
+		t.Helper()
+		got, err := c.GetJob(t.Context(), connect.NewRequest(&musterpb.GetJobRequest{Job: job, Detail: true, AfterTask: from}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		logs, err := c.GetLogs(t.Context(), connect.NewRequest(&musterpb.GetLogsRequest{Job: job, AfterTask: from}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return page{got.Msg, logs.Msg}
+	}
+	var pages []page
+	attempts := 0
+	for from, more := uint32(0), true; more; {
+		p := read(from)
+		attempts += len(p.job.Attempts)
+		if len(p.job.Attempts) == 0 || proto.Size(p.job) > 2*archive.PageBytes {
+			t.Fatalf("a page from task %d on has %d attempts and %d bytes", from, len(p.job.Attempts), proto.Size(p.job))
+		}
+		pages, from = append(pages, p), p.job.NextTask
+		more = from > 0
+	}
+	if all := b.st.Attempts(job); len(pages) < 2 || attempts != len(all) {
+		t.Fatalf("%d attempts on %d pages, of %d", attempts, len(pages), len(all))
+	}
+	b.seal()
+	from := uint32(0)
+	for _, want := range pages {
+		got := read(from)
+		if !proto.Equal(got.job, want.job) || !proto.Equal(got.logs, want.logs) {
+			t.Errorf("the page from task %d on is another once the job is sealed: %d attempts and %d", from, len(got.job.Attempts), len(want.job.Attempts))
+		}
+		from = want.job.NextTask
+	}
 }
 
 // diff reports the first lines that differ.

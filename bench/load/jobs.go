@@ -195,20 +195,7 @@ func (j *jobs) ask(ctx context.Context, job *job) (*musterpb.Job, error) {
 
 // detail is a job with all its attempts and checks.
 func (j *jobs) detail(ctx context.Context, job *job) (*musterpb.GetJobResponse, error) {
-	whole := &musterpb.GetJobResponse{}
-	for {
-		page, err := patiently(ctx, func() (*connect.Response[musterpb.GetJobResponse], error) {
-			return job.client.GetJob(ctx, connect.NewRequest(&musterpb.GetJobRequest{Job: *job.id.Load(), Detail: true, AfterTask: whole.NextTask}))
-		})
-		if err != nil {
-			return nil, err
-		}
-		whole.Job, whole.NextTask = page.Msg.Job, page.Msg.NextTask
-		whole.Attempts, whole.Checks = append(whole.Attempts, page.Msg.Attempts...), append(whole.Checks, page.Msg.Checks...)
-		if whole.NextTask == 0 {
-			return whole, nil
-		}
-	}
+	return patiently(ctx, func() (*musterpb.GetJobResponse, error) { return job.client.Detail(ctx, *job.id.Load()) })
 }
 
 // tries is how often a call is made whose scheduler is killed while it answers.

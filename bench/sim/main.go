@@ -12,6 +12,7 @@ import (
 	"maps"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"runtime/pprof"
 	"slices"
 	"text/tabwriter"
@@ -65,6 +66,8 @@ func simulate(small bool, seed uint64, out, profile string) (err error) {
 	if small {
 		s = quick
 	}
+	lockClock()
+	debug.SetGCPercent(400) // as muster scheduler
 	results := map[string]float64{}
 	costs(s, seed, results)
 	quality(s, seed, results)

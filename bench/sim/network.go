@@ -33,7 +33,7 @@ type network struct {
 	running  runHeap
 	attempts int
 
-	placing   time.Duration // what the engine took, real time
+	placing   time.Duration // what the engine took
 	decisions int
 	refused   int
 	refusal   error // the last
@@ -217,10 +217,10 @@ const maxPlacements = 512
 // lets it decide, and proposes. It returns how many attempts were placed.
 func (n *network) place() (placed int) {
 	told := n.changes()
-	start := time.Now()
-	told.tell(n.engine)
+	start := cpuTime()
+	n.tell(told)
 	plan := n.engine.Plan(n.nowMS, maxPlacements)
-	n.placing += time.Since(start)
+	n.placing += cpuTime() - start
 	n.decisions += len(plan)
 	cmds := make([]*musterpb.Command, len(plan))
 	for i, p := range plan {
@@ -233,9 +233,7 @@ func (n *network) place() (placed int) {
 		p := plan[i]
 		if err := state.ErrorOf(a); err != nil {
 			n.refused, n.refusal = n.refused+1, err
-			if work, ok := n.state.WorkOf(p.Job.Id); ok { // the engine believes it placed
-				n.engine.SetJob(work)
-			}
+			n.tellJob(p.Job.Id) // the engine believes that it placed
 			n.engine.SetWorker(n.worker(p.Worker))
 			continue
 		}
@@ -255,12 +253,16 @@ func (n *network) place() (placed int) {
 type news struct {
 	workers  []*place.Worker
 	attempts []*musterpb.Attempt
-	jobs     []state.Work
+	jobs     []state.Work // without checks, unless whole
+	whole    bool
+	wanted   []state.WantedRun
+	sated    []*musterpb.Check
 	usage    map[string]int64
 	of       map[string]*musterpb.Job
 }
 
-func (t *news) tell(e *place.Engine) {
+func (n *network) tell(t *news) {
+	e := n.engine
 	for _, w := range t.workers {
 		e.SetWorker(w)
 	}
@@ -268,10 +270,26 @@ func (t *news) tell(e *place.Engine) {
 		e.SetAttempt(t.of[a.Job], a)
 	}
 	for _, w := range t.jobs {
-		e.SetJob(w)
+		if t.whole || !e.SetTasks(w) {
+			n.tellJob(w.Job.Id)
+		}
+	}
+	for _, run := range t.wanted {
+		e.SetCheck(t.of[run.Check.Job], run)
+	}
+	for _, c := range t.sated {
+		e.RemoveCheck(c.Job, c.Id)
 	}
 	for account, units := range t.usage {
 		e.SetUsage(account, units)
+	}
+}
+
+func (n *network) tellJob(id string) {
+	if w, ok := n.state.WorkOf(id); ok {
+		n.engine.SetJob(w)
+	} else {
+		n.engine.RemoveJob(id)
 	}
 }
 
@@ -280,8 +298,7 @@ func (n *network) changes() *news {
 	n.cursor = next
 	t := &news{usage: map[string]int64{}, of: map[string]*musterpb.Job{}}
 	if c.Reset {
-		n.engine = place.NewEngine(n.seedOf)
-		c.Attempts = nil
+		n.engine, t.whole = place.NewEngine(n.seedOf), true
 		for _, w := range n.state.Workers() {
 			c.Workers = append(c.Workers, w.Id)
 		}
@@ -302,9 +319,17 @@ func (n *network) changes() *news {
 		}
 	}
 	for _, id := range c.Jobs {
-		w, _ := n.state.WorkOf(id)
+		w, _ := n.state.TasksOf(id)
 		t.jobs = append(t.jobs, w)
 		t.usage[w.Job.Account] = n.state.UsageOf(w.Job.Account)
+	}
+	for _, id := range c.Checks {
+		if run, ok := n.state.Wanted(id); ok {
+			t.wanted = append(t.wanted, run)
+			t.of[run.Check.Job] = n.state.Job(run.Check.Job)
+		} else if run.Check != nil {
+			t.sated = append(t.sated, run.Check)
+		}
 	}
 	return t
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"slices"
-	"time"
 
 	"github.com/musternet/muster/api/musterpb"
 )
@@ -54,11 +53,11 @@ func measureCost(seed uint64, workers, decisions int, queued uint64, mix []kind,
 	// The fastest of several parts: what else the machine does only adds to it.
 	for range costParts {
 		n.decisions, n.placing = 0, 0
-		start := time.Now()
+		start := cpuTime()
 		for n.decisions < decisions/costParts {
 			n.round(endsPerRound, 1<<40)
 		}
-		part := cost{decisions: n.decisions, engineNS: float64(n.placing) / float64(n.decisions), wholeNS: float64(time.Since(start)) / float64(n.decisions)}
+		part := cost{decisions: n.decisions, engineNS: float64(n.placing) / float64(n.decisions), wholeNS: float64(cpuTime()-start) / float64(n.decisions)}
 		best.decisions += part.decisions
 		if best.engineNS == 0 || part.engineNS < best.engineNS {
 			best.engineNS = part.engineNS

@@ -189,14 +189,74 @@ func (e *Engine) SetJob(w state.Work) {
 		e.RemoveJob(w.Job.Id)
 		return
 	}
+	j := e.jobOf(w.Job)
+	listed := make(map[string]struct{}, len(w.Checks))
+	for i := range w.Checks {
+		listed[w.Checks[i].Check.Id] = struct{}{}
+	}
+	for id, r := range j.checks { // one does not depend on another
+		if _, ok := listed[id]; !ok {
+			e.dequeue(r)
+			delete(j.checks, id)
+		}
+	}
+	after := 0
+	for _, run := range w.Checks {
+		after = e.setCheck(j, run, after)
+	}
+	e.setTasks(j, w)
+}
+
+// SetTasks is SetJob for a change of the tasks alone: what checks want is told
+// by SetCheck and RemoveCheck. It changes nothing and reports false where that
+// does not do, as the job is not known or was, or is, paused or over: then the
+// checks may be affected too.
+func (e *Engine) SetTasks(w state.Work) bool {
 	j := e.jobs[w.Job.Id]
-	if j != nil && j.Spec != w.Job.Spec {
-		e.RemoveJob(j.Id) // a change of the budget makes a new specification
-		j = nil
+	if j == nil || halted(j.Job) != halted(w.Job) || j.Spec != w.Job.Spec {
+		return false
 	}
-	if j == nil {
-		j = e.addJob(w.Job)
+	if e.setTasks(j, w); len(j.checks) == 0 && !j.hasTasks() {
+		e.RemoveJob(j.Id)
 	}
+	return true
+}
+
+// halted reports whether no tasks of a job are placed.
+func halted(job *musterpb.Job) bool {
+	return state.Ended(job.State) || job.State == musterpb.JobState_JOB_STATE_PAUSED
+}
+
+// SetCheck says what a check wants now, as SetJob does for all checks of a job.
+func (e *Engine) SetCheck(job *musterpb.Job, run state.WantedRun) {
+	e.setCheck(e.jobOf(job), run, 0)
+}
+
+// RemoveCheck forgets a check that wants nothing.
+func (e *Engine) RemoveCheck(job, check string) {
+	j := e.jobs[job]
+	if j == nil || j.checks[check] == nil {
+		return
+	}
+	e.dequeue(j.checks[check])
+	if delete(j.checks, check); len(j.checks) == 0 && !j.hasTasks() && len(j.passed) == 0 {
+		e.RemoveJob(job)
+	}
+}
+
+// jobOf is the entry of a job, made where there is none for its specification:
+// a change of the budget makes a new one.
+func (e *Engine) jobOf(job *musterpb.Job) *queuedJob {
+	if j := e.jobs[job.Id]; j != nil {
+		if j.Spec == job.Spec {
+			return j
+		}
+		e.RemoveJob(j.Id)
+	}
+	return e.addJob(job)
+}
+
+func (e *Engine) setTasks(j *queuedJob, w state.Work) {
 	j.Job = w.Job
 	if c := j.counts; c != nil {
 		for _, s := range c.decided {
@@ -211,7 +271,6 @@ func (e *Engine) SetJob(w state.Work) {
 	case !j.hasTasks() && queued:
 		e.dequeue(j.tasks)
 	}
-	e.setChecks(j, w.Checks)
 }
 
 func (e *Engine) addJob(of *musterpb.Job) *queuedJob {
@@ -234,36 +293,32 @@ func (e *Engine) addJob(of *musterpb.Job) *queuedJob {
 	return j
 }
 
-// setChecks brings the checks of a job in line with a list. Checks that it has
-// still are in the same order there, and new ones behind them.
-func (e *Engine) setChecks(j *queuedJob, checks []state.WantedRun) {
-	old, fresh := j.checks, make([]*request, 0, len(checks))
-	for i := range checks {
-		for len(old) > 0 && old[0].run.Check.Id != checks[i].Check.Id {
-			e.dequeue(old[0])
-			old = old[1:]
-		}
-		run := checks[i]
-		if len(old) > 0 && sameRun(old[0].run, &run) {
-			*old[0].run = run
-			fresh, old = append(fresh, old[0]), old[1:]
-			continue
-		}
-		r := &request{job: j, run: &run, index: j.lastIndex + 1, parties: partiesOf(j.shape, &run)}
-		if len(old) > 0 { // it keeps its place
-			e.dequeue(old[0])
-			r.index, old = old[0].index, old[1:]
-		}
-		j.lastIndex = max(j.lastIndex, r.index)
-		fresh = append(fresh, r)
-		if run.Unpaid == "" && run.Runs > 0 {
-			e.enqueue(r)
-		}
+// setCheck says what a check wants, with an index above another, and returns
+// its index. It keeps that where it can.
+func (e *Engine) setCheck(j *queuedJob, run state.WantedRun, after int) int {
+	old := j.checks[run.Check.Id]
+	keeps := old != nil && old.index > after
+	if keeps && sameRun(old.run, &run) {
+		*old.run = run
+		return old.index
 	}
-	for _, r := range old {
-		e.dequeue(r)
+	r := &request{job: j, run: &run, parties: partiesOf(j.shape, &run)}
+	if old != nil {
+		e.dequeue(old)
 	}
-	j.checks = fresh
+	if keeps {
+		r.index = old.index
+	} else {
+		j.lastIndex++
+		r.index = j.lastIndex
+	}
+	if j.checks == nil {
+		j.checks = map[string]*request{}
+	}
+	if j.checks[run.Check.Id] = r; run.Unpaid == "" && run.Runs > 0 {
+		e.enqueue(r)
+	}
+	return r.index
 }
 
 // sameRun reports whether what a check wants has not changed. A check that is

@@ -22,9 +22,9 @@ type queuedJob struct {
 	requeued  []*musterpb.Task // next first
 	passed    []*musterpb.Task // of those, which wait for another owner; tried again in the next round
 	next, end uint32
-	tasks     *request // queued while there are tasks
-	checks    []*request
-	lastIndex int // that a check has got
+	tasks     *request            // queued while there are tasks
+	checks    map[string]*request // by check
+	lastIndex int                 // that a check has got
 }
 
 // hasTasks reports whether a task waits that was not passed over.
