@@ -15,7 +15,7 @@ STATIC := CGO_ENABLED=0 GOOS=linux go build -trimpath -ldflags="-s -w"
 WASM := GOOS=wasip1 GOARCH=wasm go build -trimpath -ldflags="-s -w"
 
 .DEFAULT_GOAL := help
-.PHONY: compiler help demo test build examples vet unit race docker generate tidy fuzz clean FORCE
+.PHONY: bench compiler help demo test build examples vet unit race docker generate tidy fuzz clean FORCE
 FORCE:
 
 help: ## say what the targets do
@@ -82,6 +82,17 @@ generate: ## make the generated code anew
 tidy: ## go.mod and go.sum of both modules
 	go mod tidy
 	cd tools && go mod tidy
+
+# Everything under bench/out is of the last run; bench/history.jsonl keeps every
+# run's figures. BENCH="--full" measures longer, BENCH="--only lifecycle" less.
+BENCH ?=
+bench: build ## measure, in under ten minutes: the table, bench/out, a line of bench/history.jsonl
+	@mkdir -p bench/out
+	@if [ "$(MUSTER_SKIP_DOCKER)" = 1 ]; then echo "MUSTER_SKIP_DOCKER=1: no container engine is set up"; \
+	else deploy/dev/docker-engine.sh || echo "no container engine: what it would start is not measured"; fi
+	@rm -f bench/out/sim.json
+	go run ./bench/sim $(if $(findstring --full,$(BENCH)),,-quick) -out bench/out/sim.json
+	go run ./bench/load --binary bin/muster --out bench/out --sim bench/out/sim.json --history bench/history.jsonl $(BENCH)
 
 FUZZTIME ?= 30s
 fuzz: ## run every fuzz target for FUZZTIME

@@ -28,7 +28,7 @@ var floors = [][]string{
 	{"api/client", "scheduler/state"}, // a client reaches blobs, too
 	{"scheduler/archive", "scheduler/place", "scheduler/replica", "worker", "worker/cheat"},
 	{"scheduler", "api/server"},
-	{"bench/load/fleet", "bench/load/rawraft", "bench/load/report", "cmd/muster/node", "examples/raytrace", "examples/tinylm", "examples/pack", "proto/generate"},
+	{"bench/load/fleet", "bench/load/rawraft", "bench/load/report", "bench/sim", "cmd/muster/node", "examples/raytrace", "examples/tinylm", "examples/pack", "proto/generate"},
 	{"bench/load/network", "cmd/muster", "examples/demo", ""},
 	{"bench/load"},
 }

@@ -164,6 +164,15 @@ func TestInlineResultIsExamined(t *testing.T) {
 		if o := p.outcome(work[i].Attempt); o.Accepted || !strings.Contains(o.Reason, test.want) {
 			t.Errorf("%v; want a refusal with %q", o, test.want)
 		}
+		if got := r.st.Attempt(work[i].Attempt); got.LogDigest != "" {
+			log, err := blob.OpenLog(t.Context(), r.blobs, got.LogDigest, got.Stored)
+			if err != nil {
+				t.Fatalf("the log of a refused result: %v", err)
+			}
+			log.Close()
+		} else if i > 0 { // the first was not signed, so nothing of it is believed
+			t.Error("the log of a refused result is gone")
+		}
 		if got := r.st.Attempt(work[i].Attempt); got.State != musterpb.AttemptState_ATTEMPT_STATE_FAILED || got.Blame != musterpb.Blame_BLAME_WORKER {
 			t.Errorf("the attempt is %v, blamed on %v", got.State, got.Blame)
 		}

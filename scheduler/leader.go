@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -45,7 +46,11 @@ type leader struct {
 	ctx       context.Context
 	examiners *semaphore.Weighted
 	bundles   *bundles
-	wake      chan struct{} // capacity 1: sessions or leases changed
+	// cores has a place for each core. Whoever computes on a session's goroutine
+	// takes one: hundreds of goroutines that are ready to run would make Raft's
+	// wait for their turn, and the lead be lost.
+	cores chan struct{}
+	wake  chan struct{} // capacity 1: sessions or leases changed
 
 	mu        sync.Mutex
 	sessions  map[string]*session            // guarded by mu; by worker
@@ -71,7 +76,7 @@ const maxLogTail = 64 << 10
 
 func newLeader(ctx context.Context, s *Scheduler) *leader {
 	l := &leader{
-		Scheduler: s, ctx: ctx, examiners: semaphore.NewWeighted(maxExaminers), wake: make(chan struct{}, 1),
+		Scheduler: s, ctx: ctx, cores: make(chan struct{}, runtime.GOMAXPROCS(0)), examiners: semaphore.NewWeighted(maxExaminers), wake: make(chan struct{}, 1),
 		sessions: map[string]*session{}, touched: map[string]struct{}{}, leases: map[string]*lease{}, byAccount: map[string]*semaphore.Weighted{}, waiting: map[string]int{}, unread: map[string]time.Time{}, began: s.Replica.Now(), busy: map[string]bool{},
 	}
 	l.bundles = &bundles{l: l, pending: map[string]*pending{}}
@@ -82,7 +87,7 @@ func newLeader(ctx context.Context, s *Scheduler) *leader {
 func (l *leader) run(ctx context.Context) {
 	l.grantLeases(l.State.LiveAttempts())
 	var loops sync.WaitGroup
-	for _, loop := range []func(context.Context){l.placeLoop, l.leaseLoop, l.batchLoop, l.compareLoop} {
+	for _, loop := range []func(context.Context){l.placeLoop, l.leaseLoop, l.batchLoop, l.compareLoop, l.sealLoop} {
 		loops.Go(func() { loop(ctx) })
 	}
 	loops.Wait()
@@ -144,8 +149,8 @@ func (l *leader) assignment(a *musterpb.Attempt) assignment {
 // after the commits.
 func (l *leader) seedOf(epoch uint64) []byte {
 	batches := l.State.Batches(epoch-1, 1)
-	if len(batches) == 0 {
-		return nil
+	if len(batches) == 0 || batches[0].Epoch != epoch {
+		return nil // no check that waits is of a batch that was sealed
 	}
 	if len(batches[0].Seed) > 0 {
 		return batches[0].Seed

@@ -15,15 +15,17 @@ type placer struct {
 	*leader
 	engine *place.Engine
 	cursor uint64 // of the state's journal
-	// What a refused placement made the engine believe wrongly, to be read again.
-	jobs, machines map[string]struct{}
+	// What a refused placement made the engine believe wrongly, to be read again:
+	// jobs as a whole where that is said, else their tasks.
+	jobs     map[string]bool
+	machines map[string]struct{}
 	unpaid         time.Time // when checks that nobody could pay for were read again
 }
 
 // placeLoop places what waits, whenever something changed. The timer is for
 // what changes by the clock alone: a worker's pause after a failure.
 func (l *leader) placeLoop(ctx context.Context) {
-	p := &placer{leader: l, engine: place.NewEngine(l.seedOf), jobs: map[string]struct{}{}, machines: map[string]struct{}{}}
+	p := &placer{leader: l, engine: place.NewEngine(l.seedOf), jobs: map[string]bool{}, machines: map[string]struct{}{}}
 	for ctx.Err() == nil {
 		changed := l.State.Changed()
 		p.follow()
@@ -52,7 +54,7 @@ func (p *placer) follow() {
 		p.machines[id] = struct{}{}
 	}
 	for _, id := range c.Jobs {
-		p.jobs[id] = struct{}{}
+		p.jobs[id] = p.jobs[id]
 	}
 	p.readUnpaid()
 	for id := range p.machines {
@@ -63,8 +65,11 @@ func (p *placer) follow() {
 			p.engine.SetAttempt(p.State.Job(a.Job), a)
 		}
 	}
-	for id := range p.jobs {
-		p.readJob(id)
+	for id, whole := range p.jobs {
+		p.readJob(id, whole)
+	}
+	for _, id := range c.Checks {
+		p.readCheck(id)
 	}
 	clear(p.machines)
 	clear(p.jobs)
@@ -102,15 +107,33 @@ func (p *placer) readWorker(id string) {
 	}
 }
 
-func (p *placer) readJob(id string) {
-	work, ok := p.State.WorkOf(id)
-	if ok {
-		p.engine.SetJob(work)
-	} else {
+// readJob reads the tasks of a job again, and its checks too where that is
+// asked for or needed.
+func (p *placer) readJob(id string, whole bool) {
+	work, ok := p.State.TasksOf(id)
+	if work.Job == nil {
 		p.engine.RemoveJob(id)
+		return
+	}
+	if whole || !p.engine.SetTasks(work) {
+		if work, ok = p.State.WorkOf(id); ok {
+			p.engine.SetJob(work)
+		} else {
+			p.engine.RemoveJob(id)
+		}
 	}
 	if work.Job != nil {
 		p.engine.SetUsage(work.Job.Account, p.State.UsageOf(work.Job.Account))
+	}
+}
+
+func (p *placer) readCheck(id string) {
+	run, wants := p.State.Wanted(id)
+	switch {
+	case wants:
+		p.engine.SetCheck(p.State.Job(run.Check.Job), run)
+	case run.Check != nil:
+		p.engine.RemoveCheck(run.Check.Job, id)
 	}
 }
 
@@ -124,7 +147,7 @@ func (p *placer) readUnpaid() {
 	for _, w := range p.State.Wanting() {
 		for _, run := range w.Checks {
 			if run.Unpaid != "" {
-				p.jobs[w.Job.Id] = struct{}{}
+				p.jobs[w.Job.Id] = true
 			}
 		}
 	}
@@ -158,7 +181,7 @@ func (p *placer) round(ctx context.Context) (placed, refused int) {
 			}
 			p.Logger.Debug("a placement was refused", "job", d.Job.Id, "task", d.Task, "worker", d.Worker, "err", refusal)
 		}
-		p.jobs[d.Job.Id], p.machines[d.Worker] = struct{}{}, struct{}{}
+		p.jobs[d.Job.Id], p.machines[d.Worker] = true, struct{}{}
 	}
 	p.handOutNew(attempts)
 	return len(attempts), len(plan) - len(attempts)

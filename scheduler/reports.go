@@ -90,6 +90,21 @@ const maxTogether = 1024
 // results examines what came along at once, on the session's own goroutine, and
 // leaves the rest to the examiners.
 func (l *leader) results(worker string, r *musterpb.Reports, receivedUnixMS int64) {
+	if len(r.Commits) == 0 {
+		return
+	}
+	select {
+	case l.cores <- struct{}{}:
+	case <-l.ctx.Done():
+		return
+	}
+	good := l.examineSmall(worker, r, receivedUnixMS)
+	<-l.cores
+	l.bundles.add(good)
+}
+
+// examineSmall examines what came along, and returns what is right of it.
+func (l *leader) examineSmall(worker string, r *musterpb.Reports, receivedUnixMS int64) (good []*offer) {
 	offers := l.offersOf(worker, r, receivedUnixMS)
 	var small []*offer
 	for _, o := range offers {
@@ -100,9 +115,7 @@ func (l *leader) results(worker string, r *musterpb.Reports, receivedUnixMS int6
 		}
 		l.examine(job.Account, o.commit.Attempt, func(ctx context.Context) (func(), error) { return l.commit(ctx, o), nil })
 	}
-	small = l.reserve(small)
-	var good []*offer
-	for _, o := range small {
+	for _, o := range l.reserve(small) {
 		a := l.State.Attempt(o.commit.Attempt)
 		if err := l.checkInline(l.ctx, a, o); err != nil {
 			l.goBeside(func() {
@@ -113,13 +126,19 @@ func (l *leader) results(worker string, r *musterpb.Reports, receivedUnixMS int6
 		}
 		good = append(good, o)
 	}
-	l.bundles.add(good)
+	return good
 }
 
 // offersOf are the results in a report that are not answered already.
 func (l *leader) offersOf(worker string, r *musterpb.Reports, receivedUnixMS int64) []*offer {
-	if len(r.Commits) == 0 {
-		return nil
+	var open []*musterpb.Commit
+	for _, c := range r.Commits {
+		if !l.answered(worker, c) {
+			open = append(open, c)
+		}
+	}
+	if len(open) == 0 {
+		return nil // nothing is computed for a worker that only repeats itself
 	}
 	came := make(map[string][]byte, len(r.Blobs))
 	for _, data := range r.Blobs {
@@ -127,21 +146,12 @@ func (l *leader) offersOf(worker string, r *musterpb.Reports, receivedUnixMS int
 			came[string(api.DigestOf(data))] = data
 		}
 	}
-	var offers []*offer
-	var open []*musterpb.Commit
-	for _, c := range r.Commits {
-		if l.answered(worker, c) {
-			continue
-		}
-		open = append(open, c)
-		offers = append(offers, &offer{
-			worker: worker, commit: c, receivedUnixMS: receivedUnixMS,
+	offers := make([]*offer, len(open))
+	for i, err := range verify.CheckCommits(l.keyOf(worker), open) {
+		c := open[i]
+		offers[i] = &offer{
+			worker: worker, commit: c, receivedUnixMS: receivedUnixMS, signed: err,
 			manifest: came[c.ManifestDigest], archive: came[c.ArchiveDigest], log: came[c.LogDigest],
-		})
-	}
-	if len(open) > 0 {
-		for i, err := range verify.CheckCommits(l.keyOf(worker), open) {
-			offers[i].signed = err
 		}
 	}
 	return offers
@@ -255,7 +265,7 @@ func (l *leader) refuse(o *offer, err error, timedOut bool) {
 	if a := l.State.Attempt(id); a != nil && a.State != musterpb.AttemptState_ATTEMPT_STATE_LOST {
 		reason := clip("result refused: "+err.Error(), maxReason)
 		cmd := &musterpb.EndAttempt{Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_FAILED, Blame: blame, Reason: reason}
-		if o.signed == nil {
+		if o.signed == nil && l.keepLog(o) {
 			cmd.LogDigest = o.commit.LogDigest
 		}
 		if api.KindOf(l.end(l.ctx, cmd)) == api.Unavailable {
@@ -263,6 +273,18 @@ func (l *leader) refuse(o *offer, err error, timedOut bool) {
 		}
 	}
 	l.outcome(o.worker, id, err)
+}
+
+// keepLog stores the log of a refused result that came along, for the customer
+// to read, and reports whether the log is stored.
+func (l *leader) keepLog(o *offer) bool {
+	if o.log == nil {
+		return true // uploaded, or there is none
+	}
+	ctx, cancel := context.WithTimeout(l.ctx, storeWithin)
+	defer cancel()
+	_, err := l.Blobs.Put(ctx, api.Digest(o.commit.LogDigest), blob.Bytes(o.log), int64(len(o.log)))
+	return err == nil
 }
 
 // enter stores results that came along, and enters them.

@@ -36,6 +36,8 @@ const (
 	DefaultDisputePatience = 10 * time.Minute
 	DefaultTransferLimit   = time.Hour
 	DefaultHandshake       = 15 * time.Second
+	DefaultSealAfter       = 30 * time.Second
+	DefaultSegmentGrace    = 5 * time.Minute
 )
 
 // Timing holds the delays of the leader's loops. The zero value of a field is
@@ -59,6 +61,12 @@ type Timing struct {
 	TransferLimit time.Duration
 	// Handshake is how long a worker may take to say who it is.
 	Handshake time.Duration
+	// SealAfter is how long a job stays in memory after it ended; less when too
+	// much is finished at once.
+	SealAfter time.Duration
+	// SegmentGrace is how long a sealed segment stays that was merged into
+	// another, for those who still read it.
+	SegmentGrace time.Duration
 }
 
 func (t Timing) withDefaults() Timing {
@@ -74,6 +82,8 @@ func (t Timing) withDefaults() Timing {
 	def(&t.DisputePatience, DefaultDisputePatience)
 	def(&t.TransferLimit, DefaultTransferLimit)
 	def(&t.Handshake, DefaultHandshake)
+	def(&t.SealAfter, DefaultSealAfter)
+	def(&t.SegmentGrace, DefaultSegmentGrace)
 	return t
 }
 
@@ -123,6 +133,7 @@ func (s *Scheduler) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.Replica.Run(ctx, s.lead) })
 	g.Go(func() error { return s.takePartInDraws(ctx, chains) })
+	g.Go(func() error { return s.dropReplaced(ctx) })
 	return g.Wait()
 }
 

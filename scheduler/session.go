@@ -276,8 +276,8 @@ func (l *leader) handOut(sess *session, running []string) {
 	for _, id := range running {
 		stated[id] = true
 	}
-	for _, a := range l.State.LiveAttempts() {
-		if a.Worker != sess.worker || stated[a.Id] || l.examined(a.Id) {
+	for _, a := range l.State.LiveAttemptsOf(sess.worker) {
+		if stated[a.Id] || l.examined(a.Id) {
 			continue
 		}
 		if a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED {
@@ -322,10 +322,10 @@ func (l *leader) mayContinue(worker, id string) bool {
 		if a.Check != "" {
 			// Its result is refused, as that of work is when another came first.
 			// Stopping it at once, and not work, would tell the two apart.
-			verdict := l.State.Check(a.Check).Verdict
+			verdict := l.State.Check(a.Check).GetVerdict()
 			return verdict == musterpb.Verdict_VERDICT_UNSPECIFIED || verdict == musterpb.Verdict_VERDICT_AWAITING_DATA
 		}
-		return !state.Ended(job.State) && task.Result == ""
+		return job != nil && !state.Ended(job.State) && task.GetResult() == ""
 	}
 	return false
 }
@@ -342,6 +342,7 @@ func (l *leader) renew(id, worker string) {
 // dial again and lose nothing.
 func (l *leader) detach(sess *session) {
 	sess.close()
+	running := l.State.LiveAttemptsOf(sess.worker)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.sessions[sess.worker] != sess {
@@ -350,8 +351,8 @@ func (l *leader) detach(sess *session) {
 	delete(l.sessions, sess.worker)
 	l.touched[sess.worker] = struct{}{}
 	grace := time.Now().Add(l.Timing.ReconnectGrace)
-	for _, lease := range l.leases {
-		if lease.worker == sess.worker && lease.deadline.After(grace) {
+	for _, a := range running {
+		if lease := l.leases[a.Id]; lease != nil && lease.deadline.After(grace) {
 			lease.deadline = grace
 		}
 	}

@@ -74,16 +74,40 @@ type rig struct {
 	sched *Scheduler
 	blobs *slowStore
 	stop  func() // and wait
+
+	mu   sync.Mutex
+	logs bytes.Buffer // guarded by mu; warnings
+}
+
+// Write takes what is logged.
+func (r *rig) Write(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.logs.Write(p)
+}
+
+// warned reports whether a text was logged as a warning.
+func (r *rig) warned(text string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return strings.Contains(r.logs.String(), text)
 }
 
 func newRig(t *testing.T, timing Timing) *rig {
+	t.Helper()
+	return newRigWith(t, timing, func(*slowStore) {})
+}
+
+// newRigWith prepares the blob store before the scheduler uses it.
+func newRigWith(t *testing.T, timing Timing, prepare func(*slowStore)) *rig {
 	t.Helper()
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r := &rig{t: t, st: state.New(), blobs: &slowStore{waits: make(chan struct{}, 1000)}}
-	quiet := slog.New(slog.NewTextHandler(io.Discard, nil))
+	prepare(r.blobs)
+	quiet := slog.New(slog.NewTextHandler(r, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	dir := t.TempDir()
 	rep, err := replica.Open(replica.Config{
 		ID: api.NodeIDOf(key.Public().(ed25519.PublicKey)), Dir: filepath.Join(dir, "raft"), Listen: "127.0.0.1:0", Bootstrap: true,

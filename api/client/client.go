@@ -5,6 +5,7 @@ package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	mrand "math/rand/v2"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -63,6 +65,47 @@ func New(cfg Config) (*Client, error) {
 
 // NewID is an ID for a request that may be repeated.
 func NewID() string { return strings.ToLower(rand.Text()) }
+
+// Watched completes a message of WatchJob, which leaves out the specification
+// and the key of a job that were sent before. Last is the job of the message
+// before, nil for a stream's first.
+func Watched(last, next *musterpb.Job) *musterpb.Job {
+	if last != nil && next.Spec == nil {
+		next.Spec, next.PermutationKey = last.Spec, last.PermutationKey
+	}
+	return next
+}
+
+// Detail is a job with all of its attempts and checks, which come page by page.
+func (c *Client) Detail(ctx context.Context, job string) (*musterpb.GetJobResponse, error) {
+	var all *musterpb.GetJobResponse
+	for after := uint32(0); ; {
+		page, err := c.GetJob(ctx, connect.NewRequest(&musterpb.GetJobRequest{Job: job, Detail: true, AfterTask: after}))
+		if err != nil {
+			return nil, err
+		}
+		if all == nil {
+			all = page.Msg
+		} else {
+			all.Attempts, all.Checks = append(all.Attempts, page.Msg.Attempts...), append(all.Checks, page.Msg.Checks...)
+		}
+		if after = page.Msg.NextTask; after == 0 {
+			break
+		}
+	}
+	all.NextTask = 0
+	InOrder(all.Attempts, all.Checks)
+	return all, nil
+}
+
+// InOrder sorts a job's attempts by when they were placed, and its checks,
+// which are in order of their tasks, by when they were opened.
+func InOrder(attempts []*musterpb.Attempt, checks []*musterpb.Check) {
+	slices.SortStableFunc(attempts, func(a, b *musterpb.Attempt) int {
+		return cmp.Or(cmp.Compare(a.PlacedUnixMs, b.PlacedUnixMs), cmp.Compare(a.Hold, b.Hold))
+	})
+	slices.SortStableFunc(checks, func(a, b *musterpb.Check) int { return cmp.Compare(a.OpenedUnixMs, b.OpenedUnixMs) })
+}
 
 // BaseURL is the URL of a scheduler's API address.
 func BaseURL(address string) string {

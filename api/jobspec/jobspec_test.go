@@ -420,6 +420,14 @@ func TestValidate(t *testing.T) {
 		{func(s *musterpb.JobSpec) { s.Verify.Comparator = "magic" }, `verify.comparator "magic": want exact or image`},
 		{func(s *musterpb.JobSpec) { s.Verify.RatePpm = 1_000_001 }, `verify.rate "1.000001": at most 1`},
 		{func(s *musterpb.JobSpec) { s.Verify = nil }, `verify: is required`},
+		{func(s *musterpb.JobSpec) { s.Placement = &musterpb.Placement{} }, ``},
+		{func(s *musterpb.JobSpec) { s.Placement = &musterpb.Placement{Spread: 3} }, `placement.spread "3": want none, worker or owner`},
+		{func(s *musterpb.JobSpec) {
+			s.Placement = &musterpb.Placement{Affinities: []*musterpb.Affinity{{Attribute: "gpu", Value: "L4", Weight: 1}, nil, {Attribute: "color", Value: "red", Weight: -1},
+				{Attribute: "owner", Value: "a"}, {Attribute: "owner", Value: "b", Weight: 101}, {Attribute: "worker", Value: "a\n", Weight: -101}}}
+		}, `placement.prefer ": ": want one of gpu, owner, platform, worker` + "\n" + `placement.avoid "color: red": want one of gpu, owner, platform, worker` + "\n" +
+			`placement.prefer "owner: a": weight 0: want -100 to 100, and not 0` + "\n" + `placement.prefer "owner: b": weight 101: want -100 to 100, and not 0` + "\n" +
+			`placement.avoid "worker: a\n": want 1 to 100 printable bytes without spaces around them`},
 		{func(s *musterpb.JobSpec) { s.Outputs = 7 }, `outputs "7": want files or lines`},
 		{func(s *musterpb.JobSpec) { s.Command = make([]string, 1025) }, `command: 1025 arguments; at most 1024`},
 		{func(s *musterpb.JobSpec) { s.Inputs = make([]*musterpb.Input, 10_001) }, `inputs: 10001 inputs; at most 10000, so name their directory instead`},
@@ -450,6 +458,9 @@ func FuzzValidate(f *testing.F) {
 		f.Fatal(err)
 	}
 	b, _ := file.Spec.MarshalVT()
+	f.Add(b)
+	file.Spec.Placement = &musterpb.Placement{Spread: musterpb.Spread_SPREAD_WORKER, Affinities: []*musterpb.Affinity{{Attribute: "owner", Value: "a", Weight: -7}}}
+	b, _ = file.Spec.MarshalVT()
 	f.Add(b)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		spec := &musterpb.JobSpec{}

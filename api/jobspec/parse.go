@@ -171,7 +171,7 @@ func (d *decoder) message(p place, problem problem) {
 // file has, and the value as the file spells it.
 func (d *decoder) report(p problem) {
 	key := p.field
-	if p.field == "inputs" || p.field == "env" || p.field == "resources.gpu_models" {
+	if p.field == "inputs" || p.field == "env" || p.field == "resources.gpu_models" || p.field == "placement.prefer" || p.field == "placement.avoid" {
 		key += " " + p.value // lists and maps: each entry has a place of its own
 	}
 	for {
@@ -377,8 +377,9 @@ func (d *decoder) file(root node) *File {
 		"outputs": func(n node) {
 			spec.Outputs = musterpb.OutputMode(d.choice(n, "files", "lines"))
 		},
-		"network":  func(n node) { spec.Network = d.choice(n, "none", "yes") == 1 },
-		"priority": func(n node) { spec.Priority = int32(d.signed(n)) },
+		"placement": func(n node) { d.placement(n, spec) },
+		"network":   func(n node) { spec.Network = d.choice(n, "none", "yes") == 1 },
+		"priority":  func(n node) { spec.Priority = int32(d.signed(n)) },
 	})
 	if lines.Node != nil {
 		d.lines(lines, f)

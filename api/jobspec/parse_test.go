@@ -79,6 +79,12 @@ verify: {comparator: image, rate: 0.1, fail: 0.004, fail_percent: 0.5, same_owne
 outputs: files
 network: yes
 priority: -5
+placement:
+  spread: owner
+  prefer:
+    - {gpu: rtx 4090, weight: 50}
+    - platform: linux/amd64
+  avoid: [{owner: acme, weight: 1}, {worker: wrk-0123456789abcdef}]
 `), filepath.Join("jobs", "shot.yaml"))
 	if err != nil {
 		t.Fatal(err)
@@ -98,6 +104,10 @@ priority: -5
 		TimeoutMs: 5400_000, MaxPriceMicroUsdPerHour: 400_001, BudgetMicroUsd: 25_000_000,
 		Verify:  &musterpb.Verify{Comparator: "image", RatePpm: 100_000, FailPpm: 4000, FailSharePpm: 5000, SameOwner: true},
 		Network: true, Priority: -5,
+		Placement: &musterpb.Placement{Spread: musterpb.Spread_SPREAD_OWNER, Affinities: []*musterpb.Affinity{
+			{Attribute: "gpu", Value: "rtx 4090", Weight: 50}, {Attribute: "platform", Value: "linux/amd64", Weight: 100},
+			{Attribute: "owner", Value: "acme", Weight: -1}, {Attribute: "worker", Value: "wrk-0123456789abcdef", Weight: -100},
+		}},
 	}
 	if !proto.Equal(f.Spec, want) {
 		t.Errorf("%v\nwant %v", f.Spec, want)
@@ -195,6 +205,22 @@ func TestParseErrors(t *testing.T) {
 		{"name: x\n" + rest + "verify: {rate: 3.6%}\n", `job.yaml:4:16: verify.rate "3.6%": want a decimal number such as 0.05`},
 		{"name: x\n" + rest + "verify: {rate: 2}\n", `job.yaml:4:16: verify.rate "2": at most 1`},
 		{"name: x\n" + rest + "verify: {comparator: image, fail_percent: 0.00001}\n", `job.yaml:4:43: verify.fail_percent "0.00001": at most 4 decimals`},
+		{"name: x\n" + rest + "placement: spread\n", `job.yaml:4:12: placement "spread": want fields (name: value), not a single value`},
+		{"name: x\n" + rest + "placement: {spread: wide}\n", `job.yaml:4:21: placement.spread "wide": want none or worker or owner`},
+		{"name: x\n" + rest + "placement: {prefers: []}\n", `job.yaml:4:13: placement.prefers: unknown field; did you mean "prefer"?`},
+		{"name: x\n" + rest + "placement: {prefer: acme}\n", `job.yaml:4:21: placement.prefer "acme": want a list such as [{gpu: RTX 4090}], not a single value`},
+		{"name: x\n" + rest + "placement: {prefer: [acme]}\n", `job.yaml:4:22: placement.prefer[0] "acme": want one of gpu, owner, platform and worker, and a weight if you like: {gpu: RTX 4090, weight: 50}`},
+		{"name: x\n" + rest + "placement: {prefer: [{owner: a, worker: b}]}\n", `job.yaml:4:22: placement.prefer[0]: want one of gpu, owner, platform and worker, and a weight if you like: {gpu: RTX 4090, weight: 50}`},
+		{"name: x\n" + rest + "placement: {avoid: [{weight: 2}]}\n", `job.yaml:4:21: placement.avoid[0]: want one of gpu, owner, platform and worker, and a weight if you like: {gpu: RTX 4090, weight: 50}`},
+		{"name: x\n" + rest + "placement: {avoid: [{onwer: a}]}\n", `job.yaml:4:22: placement.avoid[0].onwer: unknown field; did you mean "owner"?`},
+		{"name: x\n" + rest + "placement: {avoid: [{owner: [a]}]}\n", `job.yaml:4:29: placement.avoid[0].owner: want a single value, not a list`},
+		{"name: x\n" + rest + "placement: {avoid: [{owner: a, weight: -5}]}\n", `job.yaml:4:40: placement.avoid[0].weight "-5": want a whole number, 1 to 100; prefer and avoid say which way`},
+		{"name: x\n" + rest + "placement: {prefer: [{owner: a, weight: 101}]}\n", `job.yaml:4:41: placement.prefer[0].weight "101": want a whole number, 1 to 100; prefer and avoid say which way`},
+		{"name: x\n" + rest + "placement:\n  prefer:\n    - owner: a\n    - gpu: L4\n", `job.yaml:7:7: placement.prefer "gpu: L4": the job asks for no GPU; add gpus: 1`},
+		{"name: x\n" + rest + "placement: {prefer: [{owner: a}], avoid: [{owner: a}]}\n", `job.yaml:4:43: placement.avoid "owner: a": is there twice; give it one weight`},
+		{"name: x\n" + rest + "placement: {prefer: [{platform: arm64}]}\n", `job.yaml:4:22: placement.prefer "platform: arm64": want a platform such as linux/amd64`},
+		{"name: x\n" + rest + "placement: {prefer: [{owner: ''}]}\n", `job.yaml:4:22: placement.prefer "owner: ": want 1 to 100 printable bytes without spaces around them`},
+		{"name: x\n" + rest + "placement: {prefer: [" + strings.Repeat("{owner: a},", 17) + "]}\n", `job.yaml:4:12: placement: 17 entries in prefer and avoid; at most 16 together`},
 		{"name: x\nimage: a\nprice: {max_per_gpu_hour: 1e-3, budget: -1}\n", `job.yaml:3:27: price.max_per_gpu_hour "1e-3": want dollars such as 12 or 0.40` + "\n" + `job.yaml:3:41: price.budget "-1": want dollars such as 12 or 0.40`},
 		{"name: x\nname: y\n", `job.yaml:2:1: mapping key "name" already defined at [1:1]`},
 		{"name: [x\n", `job.yaml:1:7: sequence end token ']' not found`},
@@ -233,6 +259,7 @@ func FuzzParse(f *testing.F) {
 	f.Add(minimal)
 	f.Add(minimal + "items:\n  range: 1-10x2,50\ncommand: [a, \"{item}\"]\ninputs: [a, {path: b, to: c}]\n")
 	f.Add(minimal + "verify: {comparator: image, fail: 0.1}\nresources: {gpus: 1, min_vram: 8GB}\nenv: {A: |\n  x\n}\n")
+	f.Add(minimal + "placement:\n  spread: worker\n  prefer: [{gpu: L4, weight: 1}]\n  avoid: [{owner: a}, {platform: linux/arm64}, {worker: b}]\nresources: {gpus: 1}\n")
 	f.Add("? a\n: b\n")
 	f.Add("a: &x [*x]\n<<: {b: c}\n")
 	f.Fuzz(func(t *testing.T, text string) {

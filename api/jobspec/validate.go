@@ -39,6 +39,8 @@ const (
 	MaxRetries      = 100
 	MaxPriority     = 100
 	MaxPlatforms    = 64
+	MaxAffinities   = 16
+	MaxWeight       = 100 // of an affinity, of either sign
 
 	maxPrice    = 1_000_000_000 * api.Dollars
 	maxProblems = 20 // that one error names
@@ -119,6 +121,7 @@ func check(spec *musterpb.JobSpec, draft bool) []problem {
 	c.wasm(spec)
 	c.limits(spec)
 	c.verify(spec.Verify)
+	c.placement(spec.Placement, spec.Resources)
 	return c.problems
 }
 

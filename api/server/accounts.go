@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"slices"
 
 	"connectrpc.com/connect"
 
@@ -171,8 +172,11 @@ func (s *Server) ListTransfers(ctx context.Context, req *connect.Request[musterp
 			return nil, err
 		}
 	}
-	out := &musterpb.ListTransfersResponse{}
-	out.Transfers, out.More = s.State.Transfers(account, req.Msg.After, maxTransfers)
+	list, more, err := s.transfers(ctx, account, req.Msg.After)
+	if err != nil {
+		return nil, err
+	}
+	out := &musterpb.ListTransfersResponse{Transfers: slices.Clone(list), More: more} // the state's own stay as they are
 	for i, t := range out.Transfers {
 		if t.Kind == musterpb.TransferKind_TRANSFER_KIND_HOLD && t.Credit == ledger.Of(account) && s.State.HoldOpen(t.Id) {
 			// Who pays would tell the worker, while it works, whether it checks a dispute.
@@ -193,6 +197,11 @@ func (s *Server) ClusterStatus(ctx context.Context, req *connect.Request[musterp
 		Cluster: s.State.Cluster(), Leader: string(leader), Term: s.Cluster.Term(), AppliedIndex: s.Cluster.Applied(),
 		WorkersConnected: uint32(len(s.Scheduler.Connected())), JobsLive: uint32(s.State.LiveJobs()), AttemptsLive: uint32(len(s.State.LiveAttempts())),
 		Epoch: s.State.Epoch(), LedgerSumMicroUsd: int64(s.State.LedgerSum()),
+	}
+	for _, segment := range s.State.Segments() {
+		out.Segments++
+		out.SealedBytes += segment.Bytes
+		out.SealedJobs += segment.Jobs
 	}
 	if isAdmin(ctx) { // it costs a pass over the whole state
 		out.StateHash = s.State.Snapshot().Hash()

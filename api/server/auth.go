@@ -92,10 +92,16 @@ func accountFor(ctx context.Context, named string, write bool) (string, error) {
 	return named, nil
 }
 
-// job is a job that the caller may see, or change with write. What belongs to
-// others looks as if it did not exist.
+// job is a job that the caller may see, or change with write, sealed or not.
+// What belongs to others looks as if it did not exist.
 func (s *Server) job(ctx context.Context, id string, write bool) (*musterpb.Job, error) {
 	job := s.State.Job(id)
+	if job == nil {
+		var err error
+		if job, err = s.History.Job(ctx, id); err != nil && api.KindOf(err) != api.NotFound {
+			return nil, err
+		}
+	}
 	if job == nil || (job.Account != caller(ctx).Account && !isAdmin(ctx)) {
 		return nil, api.Errorf(api.NotFound, "job %q is not known; muster job list shows yours", id)
 	}

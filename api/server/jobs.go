@@ -9,10 +9,12 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/jobspec"
 	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/state"
 )
 
 // read makes the reads of a call linearizable, unless it asked for stale ones.
@@ -131,9 +133,9 @@ func (s *Server) getJob(ctx context.Context, m *musterpb.GetJobRequest) (*muster
 	}
 	resp := &musterpb.GetJobResponse{Job: job}
 	if m.Detail {
-		resp.Attempts, resp.Checks = s.State.Attempts(job.Id), s.State.Checks(job.Id)
+		resp.Attempts, resp.Checks, resp.NextTask, err = s.detail(ctx, job, m.AfterTask)
 	}
-	return resp, nil
+	return resp, err
 }
 
 // ListJobs implements Muster.
@@ -152,47 +154,84 @@ func (s *Server) ListJobs(ctx context.Context, req *connect.Request[musterpb.Lis
 	if limit == 0 {
 		limit = 100
 	}
-	return connect.NewResponse(&musterpb.ListJobsResponse{Jobs: s.State.Jobs(account, int(min(limit, 1000)))}), nil
+	jobs, err := s.jobs(ctx, account, req.Msg.Before, int(min(limit, 1000)))
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&musterpb.ListJobsResponse{Jobs: jobs}), nil
 }
 
-// watchInterval is the least time between two messages of a watch.
-const watchInterval = 100 * time.Millisecond
+const (
+	// watchInterval is how often a watch looks at its job. It does not wait for
+	// changes of the state: those come by the thousand, and are rarely about the job.
+	watchInterval = 100 * time.Millisecond
+	// watchConfirm is how often a watch of a job that does not change makes sure
+	// that this node still leads: its client would wait at the wrong one for ever.
+	watchConfirm = 2 * time.Second
+)
 
 // WatchJob implements Muster: the job now, and again whenever it changed, until
-// it is settled.
+// it is settled. With detail, that is the first page of it.
 func (s *Server) WatchJob(ctx context.Context, req *connect.Request[musterpb.GetJobRequest], stream *connect.ServerStream[musterpb.GetJobResponse]) error {
+	tick := time.NewTicker(watchInterval)
+	defer tick.Stop()
 	var last *musterpb.Job
+	var confirmed time.Time
+	var applied <-chan struct{}
 	for {
-		changed := s.State.Changed()
-		if err := s.read(req); err != nil {
-			return err
-		}
-		resp, err := s.getJob(ctx, req.Msg)
-		if err != nil {
-			return err
-		}
-		if resp.Job != last || req.Msg.Detail {
-			if err := stream.Send(resp); err != nil {
+		// An attempt may change and its job not.
+		changed := s.State.Job(req.Msg.Job) != last || req.Msg.Detail && closed(applied)
+		if last == nil || changed || time.Since(confirmed) > watchConfirm {
+			applied = s.State.Changed()
+			if err := s.read(req); err != nil {
 				return err
 			}
-			last = resp.Job
+			confirmed = time.Now()
+			resp, err := s.getJob(ctx, req.Msg)
+			if err != nil {
+				return err
+			}
+			job := resp.Job
+			if job != last || changed {
+				if last != nil && job.Spec == last.Spec {
+					resp.Job = withoutSpec(job)
+				}
+				if err := stream.Send(resp); err != nil {
+					return err
+				}
+			}
+			if last = job; job.Settled {
+				return nil
+			}
 		}
-		if resp.Job.Settled {
-			return nil
-		}
-		pause := time.NewTimer(watchInterval)
 		select {
 		case <-ctx.Done():
-			pause.Stop()
 			return ctx.Err()
-		case <-pause.C:
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-changed:
+		case <-tick.C:
 		}
 	}
+}
+
+func closed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// withoutSpec is a job without what can have megabytes and was sent before. It
+// shares the rest with the job.
+func withoutSpec(job *musterpb.Job) *musterpb.Job {
+	out := &musterpb.Job{}
+	job.ProtoReflect().Range(func(field protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		if name := field.Name(); name != "spec" && name != "permutation_key" {
+			out.ProtoReflect().Set(field, v)
+		}
+		return true
+	})
+	return out
 }
 
 // CancelJob implements Muster.
@@ -201,10 +240,34 @@ func (s *Server) CancelJob(ctx context.Context, req *connect.Request[musterpb.Ca
 		return nil, err
 	}
 	cmd := &musterpb.CancelJob{Job: req.Msg.Job, Reason: "cancelled by " + caller(ctx).Account}
-	if _, err := s.Scheduler.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_CancelJob{CancelJob: cmd}}); err != nil {
+	_, err := s.Scheduler.Propose(ctx, &musterpb.Command{Body: &musterpb.Command_CancelJob{CancelJob: cmd}})
+	if job := s.sealedMeanwhile(ctx, req.Msg.Job, err); job.GetState() == musterpb.JobState_JOB_STATE_CANCELLED {
+		err = nil
+	} else if job != nil {
+		err = endedAlready(job)
+	}
+	if err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&musterpb.CancelJobResponse{}), nil
+}
+
+// sealedMeanwhile is the job that a command was about which the state did not
+// know any more, nil where that was not the trouble.
+func (s *Server) sealedMeanwhile(ctx context.Context, id string, refused error) *musterpb.Job {
+	if refused == nil || api.KindOf(refused) != api.NotFound {
+		return nil
+	}
+	job, err := s.History.Job(ctx, id)
+	if err != nil {
+		return nil
+	}
+	return job
+}
+
+// endedAlready is what the state says of a job that has ended.
+func endedAlready(job *musterpb.Job) error {
+	return api.Errorf(api.Conflict, "job %s is %s already", job.Id, state.StateName(job.State))
 }
 
 // FundJob implements Muster.
@@ -219,7 +282,13 @@ func (s *Server) FundJob(ctx context.Context, req *connect.Request[musterpb.Fund
 	cmd := &musterpb.Command{Id: "fund " + job.Account + " " + req.Msg.Id, Body: &musterpb.Command_FundJob{FundJob: &musterpb.FundJob{
 		Job: job.Id, AmountMicroUsd: req.Msg.AmountMicroUsd,
 	}}}
-	if _, err := s.Scheduler.Propose(ctx, cmd); err != nil {
+	// A sealed job is proposed like any other: this may repeat a request that was
+	// answered while the job was live.
+	_, err = s.Scheduler.Propose(ctx, cmd)
+	if sealed := s.sealedMeanwhile(ctx, job.Id, err); sealed != nil {
+		err = endedAlready(sealed)
+	}
+	if err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&musterpb.FundJobResponse{}), nil
@@ -230,10 +299,14 @@ func (s *Server) ExplainJob(ctx context.Context, req *connect.Request[musterpb.G
 	if err := s.Scheduler.CheckRead(); err != nil {
 		return nil, err
 	}
-	if _, err := s.job(ctx, req.Msg.Job, false); err != nil {
+	job, err := s.job(ctx, req.Msg.Job, false)
+	if err != nil {
 		return nil, err
 	}
 	out, err := s.Scheduler.Explain(req.Msg.Job)
+	if sealed := s.sealedMeanwhile(ctx, job.Id, err); sealed != nil {
+		out, err = &musterpb.ExplainJobResponse{Workers: uint32(len(s.State.Workers())), Summary: "the job is " + state.StateName(sealed.State)}, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -255,23 +328,38 @@ func (s *Server) GetResults(ctx context.Context, req *connect.Request[musterpb.G
 	if err != nil {
 		return nil, err
 	}
+	out, err := results(job, req.Msg, s.liveTasks(job))
+	if s.State.Job(job.Id) == nil {
+		out, err = results(job, req.Msg, s.sealedTasks(ctx, job))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(out), nil
+}
+
+// results is a page of a job's results.
+func results(job *musterpb.Job, m *musterpb.GetResultsRequest, task taskOf) (*musterpb.GetResultsResponse, error) {
 	out := &musterpb.GetResultsResponse{}
-	for n := req.Msg.AfterTask; n < job.Tasks; n++ {
-		if len(out.Results) == maxResults || n-req.Msg.AfterTask == maxScanned {
+	for n := m.AfterTask; n < job.Tasks; n++ {
+		if len(out.Results) == maxResults || n-m.AfterTask == maxScanned {
 			out.NextTask = n
 			break
 		}
-		task := s.State.Task(job.Id, n)
-		verified := task.GetState() == musterpb.TaskState_TASK_STATE_VERIFIED
-		if !verified && (!req.Msg.Provisional || task.GetState() != musterpb.TaskState_TASK_STATE_PROVISIONAL) {
+		t, a, err := task(n)
+		if err != nil {
+			return nil, err
+		}
+		verified := t.GetState() == musterpb.TaskState_TASK_STATE_VERIFIED
+		if a == nil || !verified && (!m.Provisional || t.State != musterpb.TaskState_TASK_STATE_PROVISIONAL) {
 			continue
 		}
-		a := s.State.Attempt(task.Result)
 		out.Results = append(out.Results, &musterpb.TaskResult{
-			Task: n, Attempt: a.Id, ManifestDigest: a.Commit.ManifestDigest, ArchiveDigest: a.Commit.ArchiveDigest, ArchiveBytes: a.Commit.ArchiveBytes, Stored: a.Stored, Verified: verified,
+			Task: n, Attempt: a.Id, ManifestDigest: a.Commit.ManifestDigest, ArchiveDigest: a.Commit.ArchiveDigest, Verified: verified,
+			Stored: a.Stored, ArchiveBytes: a.Commit.ArchiveBytes,
 		})
 	}
-	return connect.NewResponse(out), nil
+	return out, nil
 }
 
 // GetLogs implements Muster.
@@ -284,17 +372,49 @@ func (s *Server) GetLogs(ctx context.Context, req *connect.Request[musterpb.GetL
 		return nil, err
 	}
 	out := &musterpb.GetLogsResponse{}
-	for _, a := range s.State.Attempts(job.Id) {
-		if (req.Msg.Attempt != "" && a.Id != req.Msg.Attempt) || a.Check != "" {
+	if req.Msg.Attempt != "" {
+		a, err := s.attempt(ctx, job, req.Msg.Attempt)
+		if err != nil {
+			return nil, err
+		}
+		out.Logs = append(out.Logs, s.log(a))
+		return connect.NewResponse(out), nil
+	}
+	attempts, _, next, err := s.detail(ctx, job, req.Msg.AfterTask)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range attempts {
+		if a.Check != "" {
 			continue // a check is nothing that the customer runs
 		}
-		log := &musterpb.AttemptLog{Attempt: a.Id, Task: a.Task, Worker: a.Worker, State: a.State, LogDigest: a.LogDigest, Stored: a.Stored, Tail: s.Scheduler.LogTail(a.Id)}
-		if req.Msg.Attempt != "" || log.LogDigest != "" || len(log.Tail) > 0 {
+		if log := s.log(a); log.LogDigest != "" || len(log.Tail) > 0 {
 			out.Logs = append(out.Logs, log)
 		}
 	}
-	if req.Msg.Attempt != "" && len(out.Logs) == 0 {
-		return nil, api.Errorf(api.NotFound, "job %s has no attempt %q", job.Id, req.Msg.Attempt)
-	}
+	out.NextTask = next
 	return connect.NewResponse(out), nil
+}
+
+// attempt is an attempt of a job that is no check, in the state or sealed.
+func (s *Server) attempt(ctx context.Context, job *musterpb.Job, id string) (*musterpb.Attempt, error) {
+	wanted := func(a *musterpb.Attempt) bool { return a.GetId() == id && a.Job == job.Id && a.Check == "" }
+	if a := s.State.Attempt(id); wanted(a) {
+		return a, nil
+	}
+	for from, more := uint32(0), s.State.Job(job.Id) == nil; more; more = from > 0 {
+		attempts, _, next, err := s.History.Attempts(ctx, job.Id, from)
+		if err != nil {
+			return nil, err
+		}
+		if i := slices.IndexFunc(attempts, wanted); i >= 0 {
+			return attempts[i], nil
+		}
+		from = next
+	}
+	return nil, api.Errorf(api.NotFound, "job %s has no attempt %q", job.Id, id)
+}
+
+func (s *Server) log(a *musterpb.Attempt) *musterpb.AttemptLog {
+	return &musterpb.AttemptLog{Attempt: a.Id, Task: a.Task, Worker: a.Worker, State: a.State, LogDigest: a.LogDigest, Stored: a.Stored, Tail: s.Scheduler.LogTail(a.Id)}
 }

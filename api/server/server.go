@@ -71,6 +71,7 @@ type Config struct {
 	State     *state.State
 	Scheduler Scheduler
 	Cluster   Cluster
+	History   History // nil: nothing is ever sealed
 	// Blobs answers customers and workers; Local is this node's own copy, for
 	// its peers. They are the same in a store that is shared.
 	Blobs, Local blob.Store
@@ -85,6 +86,9 @@ type Server struct {
 
 // New makes a server; Serve runs it.
 func New(cfg Config) *Server {
+	if cfg.History == nil {
+		cfg.History = noHistory{}
+	}
 	return &Server{Config: cfg, forwarding: semaphore.NewWeighted(maxForwardedBytes)}
 }
 

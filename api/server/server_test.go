@@ -26,6 +26,7 @@ import (
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/api/musterpb/musterpbconnect"
 	"github.com/musternet/muster/api/server"
+	"github.com/musternet/muster/scheduler/archive"
 	"github.com/musternet/muster/scheduler/state"
 )
 
@@ -80,6 +81,9 @@ func (f *fakeScheduler) Propose(_ context.Context, cmd *musterpb.Command) (strin
 }
 
 func (f *fakeScheduler) Explain(job string) (*musterpb.ExplainJobResponse, error) {
+	if f.st.Job(job) == nil {
+		return nil, api.Errorf(api.NotFound, "job %q is not known", job)
+	}
 	return &musterpb.ExplainJobResponse{Summary: "explained " + job}, nil
 }
 func (f *fakeScheduler) Connected() map[string]bool { return nil }
@@ -160,7 +164,10 @@ func newBench(t *testing.T) *bench {
 }
 
 func (b *bench) serve(f *fakeScheduler) (address string) {
-	srv := server.New(server.Config{State: b.st, Scheduler: f, Cluster: f, Blobs: b.blobs, Local: b.local, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	srv := server.New(server.Config{
+		State: b.st, Scheduler: f, Cluster: f, History: archive.New(b.blobs, b.st, archive.DefaultCache),
+		Blobs: b.blobs, Local: b.local, Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.t.Fatal(err)

@@ -148,6 +148,9 @@ func (w *world) measure(ctx context.Context) (s span, err error) {
 	if err != nil {
 		return s, err
 	}
+	if now, err := w.net.Leader(ctx); err != nil || now != s.leader {
+		return s, errors.Join(err, fmt.Errorf("scheduler %d led at the start of the measurement, %d at its end: the machine is too busy for a steady state", s.leader, now))
+	}
 	s.after, s.through = from.applied, to.applied
 	s.seconds, s.tasks = to.at.Sub(from.at).Seconds(), float64(to.verified-from.verified)
 	if s.tasks == 0 {
@@ -280,6 +283,18 @@ func (w *world) profile(ctx context.Context) <-chan error {
 		w.bench.logf("profiles are in %s: go tool pprof -top %s", dir, filepath.Join(dir, "leader.cpu"))
 	}()
 	return done
+}
+
+// profileHeap saves a heap profile of the leader.
+func (w *world) profileHeap(ctx context.Context, name string) error {
+	if err := os.MkdirAll(w.bench.profile, 0o755); err != nil {
+		return err
+	}
+	leader, err := w.net.Leader(ctx)
+	if err != nil {
+		return err
+	}
+	return w.net.HeapProfile(ctx, leader, filepath.Join(w.bench.profile, name))
 }
 
 // stages notes how long the stages took that only the schedulers can time, from

@@ -55,13 +55,17 @@ type measurement struct {
 // measurements are all of them, in the order in which they run: the limit is
 // measured with what the lifecycle found of its commands.
 var measurements = []measurement{
-	{"lifecycle", []string{"lifecycle_", "stage_", "generator_", "heap_growth_finished", "heap_bytes_finished_", "finished_tasks"}, (*bench).lifecycle},
+	{"lifecycle", []string{"lifecycle_", "stage_", "generator_"}, (*bench).lifecycle},
 	{"raw", []string{"raw_raft_commands_", "lifecycle_share_of_raw_raft"}, (*bench).raw},
 	{"single", []string{"single_jobs_"}, (*bench).single},
 	{"instant", []string{"start_instant_"}, (*bench).instant},
 	{"failover", []string{"failover_"}, (*bench).failover},
 	{"cost", []string{"cost_"}, (*bench).cost},
 	{"memory", []string{"heap_bytes_per_"}, (*bench).memory},
+	{"finished", []string{"heap_growth_finished", "heap_bytes_finished_", "finished_tasks"}, (*bench).finished},
+	{"restart", []string{"restart_s", "snapshot_pause_"}, (*bench).restart},
+	{"copy", []string{"blob_"}, (*bench).copies},
+	{"docker", []string{"docker_", "start_overhead_"}, (*bench).docker},
 	{"transfers", []string{"transfers_", "raw_raft_transfers_"}, (*bench).transfers},
 }
 
@@ -82,7 +86,12 @@ func main() {
 	flag.StringVar(&b.sim, "sim", "", "results of bench/sim to take in")
 	flag.StringVar(&b.history, "history", "", "file that gets a line with all results")
 	flag.BoolVar(&b.report, "report", false, "measure nothing; print --out's results.json as Markdown")
+	keys := flag.Bool("keys", false, "measure nothing; print the keys of results.json as Markdown")
 	flag.Parse()
+	if *keys {
+		fmt.Print(report.KeyTable())
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := b.run(ctx); err != nil {
@@ -130,7 +139,8 @@ func (b *bench) run(ctx context.Context) (err error) {
 		b.logf("== %s", m.name)
 		err := m.run(b, ctx)
 		if ctx.Err() != nil {
-			return ctx.Err()
+			failed = append(failed, ctx.Err()) // what was measured before is shown
+			break
 		}
 		if skip := (skipped)(""); errors.As(err, &skip) {
 			b.logf("%s: skipped: %v", m.name, err)
@@ -141,7 +151,7 @@ func (b *bench) run(ctx context.Context) (err error) {
 			failed = append(failed, fmt.Errorf("%s: %w", m.name, err))
 		}
 	}
-	return errors.Join(append(failed, b.finish(ctx))...)
+	return errors.Join(append(failed, b.finish(context.WithoutCancel(ctx)))...)
 }
 
 // skipped is why something can't be measured on this machine.
@@ -173,13 +183,16 @@ func (b *bench) missing(m measurement, why string) {
 	}
 }
 
+// simMeasures are the keys that bench/sim measures.
+var simMeasures = measurement{name: "sim", keys: []string{"spread_over_pack", "place_growth_10k", "sim_"}}
+
 // finish shows and writes what was measured.
 func (b *bench) finish(ctx context.Context) error {
 	if b.sim != "" {
 		text, err := os.ReadFile(b.sim)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			b.results.Missing("bench/sim left no results", "spread_over_pack", "place_growth_10k")
+			b.missing(simMeasures, "bench/sim left no results")
 		case err != nil:
 			return err
 		default:

@@ -5,15 +5,18 @@ import (
 	"errors"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/musternet/muster/bench/load/network"
 )
 
 const (
 	memoryWorkers = 1000
 	memorySlots   = 32
-	// logCacheEntries is how many log entries Raft keeps in memory: the last
-	// ones, whatever they are.
-	logCacheEntries = 1024
+	// Raft keeps the last 1,024 log entries in memory, whatever they are. So many
+	// small commands, of which few travel together, replace them.
+	smallCommands = 4096
+	smallClients  = 4
 )
 
 // memory measures what the leader's heap holds per idle worker, per item that
@@ -85,11 +88,19 @@ func (w *world) untilAttempts(ctx context.Context, n int) error {
 
 // heap is the leader's heap in bytes, without garbage.
 func (w *world) heap(ctx context.Context) (float64, error) {
-	for range logCacheEntries + 8 { // one entry each: the next waits for the answer
-		if err := w.net.Deposit(ctx, "customer-0", 1); err != nil {
-			return 0, err
-		}
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(smallClients)
+	for range smallCommands {
+		g.Go(func() error { return w.net.Deposit(gctx, "customer-0", 1) })
 	}
+	if err := g.Wait(); err != nil {
+		return 0, err
+	}
+	return w.collected(ctx)
+}
+
+// collected is the leader's heap in bytes, after a collection.
+func (w *world) collected(ctx context.Context) (float64, error) {
 	leader, err := w.net.Leader(ctx)
 	if err != nil {
 		return 0, err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -59,13 +60,9 @@ func newJobList(g *globals) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			resp, err := c.ListJobs(cmd.Context(), connect.NewRequest(&musterpb.ListJobsRequest{Limit: limit}))
+			views, err := listJobs(cmd.Context(), c, limit)
 			if err != nil {
 				return err
-			}
-			views := []jobView{}
-			for _, j := range resp.Msg.Jobs {
-				views = append(views, viewJob(&musterpb.GetJobResponse{Job: j}))
 			}
 			return g.print(cmd.OutOrStdout(), views, func(w *tabwriter.Writer) {
 				row(w, "JOB", "NAME", "STATE", "ITEMS", "VERIFIED", "ATTEMPTS", "CHECKS", "CAUGHT", "COST", "SUBMITTED")
@@ -75,18 +72,45 @@ func newJobList(g *globals) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().Uint32Var(&limit, "limit", 100, "at most so many jobs, up to 1000")
+	cmd.Flags().Uint32Var(&limit, "limit", 100, "at most so many jobs; 0 is all")
 	return cmd
+}
+
+// jobsPerCall is as many as a scheduler lists at once.
+const jobsPerCall = 1000
+
+// listJobs lists up to so many jobs, and all for 0.
+func listJobs(ctx context.Context, c *client.Client, limit uint32) ([]jobView, error) {
+	if limit == 0 {
+		limit = math.MaxUint32
+	}
+	views := []jobView{}
+	for before := uint64(0); limit > 0; {
+		want := min(limit, jobsPerCall)
+		resp, err := c.ListJobs(ctx, connect.NewRequest(&musterpb.ListJobsRequest{Limit: want, Before: before}))
+		if err != nil {
+			return nil, err
+		}
+		for _, j := range resp.Msg.Jobs {
+			views = append(views, viewJob(&musterpb.GetJobResponse{Job: j}))
+			before = j.Sequence
+		}
+		if uint32(len(resp.Msg.Jobs)) < want {
+			break
+		}
+		limit -= want
+	}
+	return views, nil
 }
 
 func newJobShow(g *globals) *cobra.Command {
 	return withJob(g, "show JOB", "Show a job with its attempts, checks and verdicts", "  muster job show job-k3v9d2m1qa\n  muster job show job-k3v9d2m1qa --output json",
 		func(cmd *cobra.Command, c *client.Client, id string) error {
-			resp, err := c.GetJob(cmd.Context(), connect.NewRequest(&musterpb.GetJobRequest{Job: id, Detail: true}))
+			job, err := c.Detail(cmd.Context(), id)
 			if err != nil {
 				return err
 			}
-			v := viewJob(resp.Msg)
+			v := viewJob(job)
 			return g.print(cmd.OutOrStdout(), v, func(w *tabwriter.Writer) { printJob(w, v) })
 		})
 }
@@ -164,11 +188,15 @@ func newJobLogs(g *globals) *cobra.Command {
 	var attempt string
 	cmd := withJob(g, "logs JOB", "Print what a job's program wrote to stdout and stderr", "  muster job logs job-k3v9d2m1qa\n  muster job logs job-k3v9d2m1qa --attempt att-0123456789abcdef",
 		func(cmd *cobra.Command, c *client.Client, id string) error {
-			resp, err := c.GetLogs(cmd.Context(), connect.NewRequest(&musterpb.GetLogsRequest{Job: id, Attempt: attempt}))
-			if err != nil {
-				return err
+			var logs []*musterpb.AttemptLog
+			for after, more := uint32(0), true; more; more = after > 0 {
+				resp, err := c.GetLogs(cmd.Context(), connect.NewRequest(&musterpb.GetLogsRequest{Job: id, Attempt: attempt, AfterTask: after}))
+				if err != nil {
+					return err
+				}
+				logs, after = append(logs, resp.Msg.Logs...), resp.Msg.NextTask
 			}
-			return printLogs(cmd, g, c, resp.Msg.Logs)
+			return printLogs(cmd, g, c, logs)
 		})
 	cmd.Flags().StringVar(&attempt, "attempt", "", "only this attempt's")
 	return cmd
@@ -306,7 +334,7 @@ func watch(ctx context.Context, g *globals, c *client.Client, id string, w io.Wr
 		if err == nil {
 			for stream.Receive() {
 				failures = 0
-				last = stream.Msg().Job
+				last = client.Watched(last, stream.Msg().Job)
 				show.update(last)
 			}
 			err = stream.Err()

@@ -3,10 +3,12 @@ package archive
 import (
 	"bufio"
 	"cmp"
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"hash"
 	"io"
+	"iter"
 	"maps"
 	"slices"
 	"strings"
@@ -204,6 +206,55 @@ func (w *Writer) append(k kind, m message) error {
 	return w.out.err
 }
 
+// Write writes the records that the state seals as one segment; account is that
+// of a job whose money a transfer moves.
+func Write(ctx context.Context, out io.Writer, records iter.Seq[*musterpb.SnapshotRecord], account func(job string) string) (*musterpb.Segment, error) {
+	w := NewWriter(out)
+	var lastJob, lastAccount string // what follows each other is often about one job
+	for r := range records {
+		var err error
+		switch r := r.Record.(type) {
+		case *musterpb.SnapshotRecord_Job:
+			err = w.Job(r.Job)
+		case *musterpb.SnapshotRecord_Task:
+			err = w.Task(r.Task)
+		case *musterpb.SnapshotRecord_Attempt:
+			err = w.Attempt(r.Attempt)
+		case *musterpb.SnapshotRecord_Check:
+			err = w.Check(r.Check)
+		case *musterpb.SnapshotRecord_Transfer:
+			if job := jobOf(r.Transfer); job != lastJob {
+				lastJob, lastAccount = job, ""
+				if job != "" {
+					lastAccount = account(job)
+				}
+			}
+			err = w.Transfer(r.Transfer, lastAccount)
+		case *musterpb.SnapshotRecord_Batch:
+			err = w.Batch(r.Batch)
+		default:
+			err = api.Errorf(api.Internal, "a record of kind %T can't be sealed", r)
+		}
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return w.Close()
+}
+
+// jobOf is the job whose money a transfer moves, empty where it moves no job's.
+func jobOf(t *musterpb.Transfer) string {
+	for _, side := range [2]string{t.Debit, t.Credit} {
+		if job, ok := ledger.JobOf(side); ok {
+			return job
+		}
+	}
+	return ""
+}
+
 // split ends a frame before the run that does not fit into it.
 func (w *Writer) split(k kind, r *row) {
 	b := &w.open[k]
@@ -311,7 +362,7 @@ func accountsOf(t *musterpb.SealedTransfer) [2]string {
 	for i, side := range [2]string{t.Transfer.GetDebit(), t.Transfer.GetCredit()} {
 		if name, ok := strings.CutPrefix(side, ledger.Of("")); ok {
 			names[i] = name
-		} else if strings.HasPrefix(side, ledger.OfJob("")) {
+		} else if _, ok := ledger.JobOf(side); ok {
 			names[i] = t.Account
 		}
 	}

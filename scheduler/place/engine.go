@@ -47,7 +47,7 @@ type Engine struct {
 	tick    uint64 // counts decisions
 	reviews int    // how often a machine was looked at
 	shapes  map[string]*shape
-	list    []*shape // the same, oldest first
+	byAge   []*shape // the same, oldest first
 
 	jobs     map[string]*queuedJob // with work to place
 	deferred []*queuedJob          // that have passed over tasks
@@ -55,6 +55,10 @@ type Engine struct {
 	accounts map[string]*account
 	turns    heap[*account] // that have something which may be placed
 	closed   []*gate        // that lanes park at
+
+	kept     []kept
+	booked   []booked // in this round
+	patience int64    // keepAfterMS, or another for tests
 }
 
 // NewEngine is an engine that knows nothing yet. Seed draws the checkers of a
@@ -62,7 +66,7 @@ type Engine struct {
 func NewEngine(seed func(epoch uint64) []byte) *Engine {
 	e := &Engine{
 		seed: seed, names: newNames(), limit: minNames, byID: map[string]*machine{}, shapes: map[string]*shape{}, jobs: map[string]*queuedJob{},
-		counts: map[string]*counts{}, accounts: map[string]*account{},
+		counts: map[string]*counts{}, accounts: map[string]*account{}, patience: keepAfterMS,
 	}
 	e.resting = heap[*machine]{
 		less: func(a, b *machine) bool {
@@ -130,10 +134,11 @@ func (e *Engine) RemoveWorker(id string) {
 	if m.resting >= 0 {
 		e.resting.remove(m.resting)
 	}
+	e.forgetKept(m)
 	delete(e.byID, id)
 	e.unlist(m)
 	e.machines[m.slot] = nil
-	for _, s := range e.list {
+	for _, s := range e.byAge {
 		s.remove(e, m)
 	}
 	e.names.leave(m.owner)
@@ -170,7 +175,7 @@ func (e *Engine) rename() {
 			m.describe(e.names, m.Worker)
 		}
 	}
-	for _, s := range e.list {
+	for _, s := range e.byAge {
 		s.forget()
 	}
 	e.limit = max(minNames, 2*(len(e.names.kinds)+len(e.names.classOf)))
@@ -184,14 +189,74 @@ func (e *Engine) SetJob(w state.Work) {
 		e.RemoveJob(w.Job.Id)
 		return
 	}
+	j := e.jobOf(w.Job)
+	listed := make(map[string]struct{}, len(w.Checks))
+	for i := range w.Checks {
+		listed[w.Checks[i].Check.Id] = struct{}{}
+	}
+	for id, r := range j.checks { // one does not depend on another
+		if _, ok := listed[id]; !ok {
+			e.dequeue(r)
+			delete(j.checks, id)
+		}
+	}
+	after := 0
+	for _, run := range w.Checks {
+		after = e.setCheck(j, run, after)
+	}
+	e.setTasks(j, w)
+}
+
+// SetTasks is SetJob for a change of the tasks alone: what checks want is told
+// by SetCheck and RemoveCheck. It changes nothing and reports false where that
+// does not do, as the job is not known or was, or is, paused or over: then the
+// checks may be affected too.
+func (e *Engine) SetTasks(w state.Work) bool {
 	j := e.jobs[w.Job.Id]
-	if j != nil && j.Spec != w.Job.Spec {
-		e.RemoveJob(j.Id) // a change of the budget makes a new specification
-		j = nil
+	if j == nil || halted(j.Job) != halted(w.Job) || j.Spec != w.Job.Spec {
+		return false
 	}
-	if j == nil {
-		j = e.addJob(w.Job)
+	if e.setTasks(j, w); len(j.checks) == 0 && !j.hasTasks() {
+		e.RemoveJob(j.Id)
 	}
+	return true
+}
+
+// halted reports whether no tasks of a job are placed.
+func halted(job *musterpb.Job) bool {
+	return state.Ended(job.State) || job.State == musterpb.JobState_JOB_STATE_PAUSED
+}
+
+// SetCheck says what a check wants now, as SetJob does for all checks of a job.
+func (e *Engine) SetCheck(job *musterpb.Job, run state.WantedRun) {
+	e.setCheck(e.jobOf(job), run, 0)
+}
+
+// RemoveCheck forgets a check that wants nothing.
+func (e *Engine) RemoveCheck(job, check string) {
+	j := e.jobs[job]
+	if j == nil || j.checks[check] == nil {
+		return
+	}
+	e.dequeue(j.checks[check])
+	if delete(j.checks, check); len(j.checks) == 0 && !j.hasTasks() && len(j.passed) == 0 {
+		e.RemoveJob(job)
+	}
+}
+
+// jobOf is the entry of a job, made where there is none for its specification:
+// a change of the budget makes a new one.
+func (e *Engine) jobOf(job *musterpb.Job) *queuedJob {
+	if j := e.jobs[job.Id]; j != nil {
+		if j.Spec == job.Spec {
+			return j
+		}
+		e.RemoveJob(j.Id)
+	}
+	return e.addJob(job)
+}
+
+func (e *Engine) setTasks(j *queuedJob, w state.Work) {
 	j.Job = w.Job
 	if c := j.counts; c != nil {
 		for _, s := range c.decided {
@@ -206,7 +271,6 @@ func (e *Engine) SetJob(w state.Work) {
 	case !j.hasTasks() && queued:
 		e.dequeue(j.tasks)
 	}
-	e.setChecks(j, w.Checks)
 }
 
 func (e *Engine) addJob(of *musterpb.Job) *queuedJob {
@@ -216,7 +280,7 @@ func (e *Engine) addJob(of *musterpb.Job) *queuedJob {
 	s := e.shapes[key]
 	if s == nil {
 		s = newShape(key, j.Spec)
-		e.shapes[key], e.list = s, append(e.list, s)
+		e.shapes[key], e.byAge = s, append(e.byAge, s)
 	}
 	s.jobs++
 	j.shape, j.account = s, e.account(j.Account)
@@ -229,27 +293,40 @@ func (e *Engine) addJob(of *musterpb.Job) *queuedJob {
 	return j
 }
 
-func (e *Engine) setChecks(j *queuedJob, checks []state.WantedRun) {
-	if slices.EqualFunc(j.checks, checks, func(r *request, w state.WantedRun) bool { return sameRun(r.run, &w) }) {
-		return
+// setCheck says what a check wants, with an index above another, and returns
+// its index. It keeps that where it can.
+func (e *Engine) setCheck(j *queuedJob, run state.WantedRun, after int) int {
+	old := j.checks[run.Check.Id]
+	keeps := old != nil && old.index > after
+	if keeps && sameRun(old.run, &run) {
+		*old.run = run
+		return old.index
 	}
-	for _, r := range j.checks {
-		e.dequeue(r)
+	r := &request{job: j, run: &run, parties: partiesOf(j.shape, &run)}
+	if old != nil {
+		e.dequeue(old)
 	}
-	j.checks = make([]*request, len(checks))
-	for i := range checks {
-		run := checks[i]
-		run.Parties = slices.Clip(run.Parties)
-		j.checks[i] = &request{job: j, run: &run, index: i}
-		if run.Unpaid == "" && run.Runs > 0 {
-			e.enqueue(j.checks[i])
-		}
+	if keeps {
+		r.index = old.index
+	} else {
+		j.lastIndex++
+		r.index = j.lastIndex
 	}
+	if j.checks == nil {
+		j.checks = map[string]*request{}
+	}
+	if j.checks[run.Check.Id] = r; run.Unpaid == "" && run.Runs > 0 {
+		e.enqueue(r)
+	}
+	return r.index
 }
 
+// sameRun reports whether what a check wants has not changed. A check that is
+// the same value has the same parties, and as many as Plan did not book more.
 func sameRun(a, b *state.WantedRun) bool {
-	return a.Check.Id == b.Check.Id && a.Class == b.Class && a.Runs == b.Runs && a.Unpaid == b.Unpaid && slices.Equal(a.Tried, b.Tried) &&
-		slices.EqualFunc(a.Parties, b.Parties, func(a, b *musterpb.Attempt) bool { return a.Worker == b.Worker && a.Batch == b.Batch })
+	return a.Runs == b.Runs && a.Unpaid == b.Unpaid && len(a.Parties) == len(b.Parties) && len(a.Tried) == len(b.Tried) &&
+		(a.Check == b.Check || a.Check.Id == b.Check.Id && a.Class == b.Class && slices.Equal(a.Tried, b.Tried) &&
+			slices.EqualFunc(a.Parties, b.Parties, func(a, b *musterpb.Attempt) bool { return a.Worker == b.Worker && a.Batch == b.Batch }))
 }
 
 // RemoveJob forgets what could be placed of a job.
@@ -359,8 +436,9 @@ func (e *Engine) Plan(nowUnixMS int64, most int) []Placement {
 	e.now, e.reviews = max(e.now, nowUnixMS), 0
 	e.wake()
 	e.restore()
+	e.booked = e.booked[:0]
+	out := e.useKept(nil, most)
 	e.reopen()
-	var out []Placement
 	for len(out) < most && len(e.turns.items) > 0 && e.reviews < maxReviews {
 		e.tick++
 		account := e.turns.items[0]
@@ -368,13 +446,19 @@ func (e *Engine) Plan(nowUnixMS int64, most int) []Placement {
 		if !ok {
 			continue // that lane is parked, or shorter
 		}
-		account.units += state.Units(p.Job.Spec.Resources)
-		if account.pos >= 0 {
-			e.turns.fix(account.pos)
-		}
+		e.charge(account, p)
 		out = append(out, p)
 	}
+	e.keep()
 	return out
+}
+
+// charge adds what was placed to what an account has running.
+func (e *Engine) charge(a *account, p Placement) {
+	a.units += state.Units(p.Job.Spec.Resources)
+	if a.pos >= 0 {
+		e.turns.fix(a.pos)
+	}
 }
 
 // wake counts the machines as changed whose rest is over.
@@ -439,7 +523,8 @@ func (e *Engine) placeTask(j *queuedJob, task uint32, avoid []string) Placement 
 	o := e.orderOf(j)
 	o.catchUp()
 	m := o.best(avoid)
-	p := e.book(j, m, noClass, j.Spec.Placement.GetAffinities())
+	j.tasks.lane.since = 0
+	p := e.book(j.tasks, m, noClass, j.Spec.Placement.GetAffinities())
 	p.Task = task
 	if c := j.counts; c != nil {
 		at := spot{m.Id, m.Owner}
@@ -470,23 +555,30 @@ func (e *Engine) orderOf(j *queuedJob) *order {
 func (e *Engine) turnOfCheck(l *lane, r *request) (Placement, bool) {
 	p := l.gate.pool
 	p.catchUp(e)
+	if p.free == 0 {
+		e.park(l)
+		return Placement{}, false
+	}
+	if p.candidates(e, r.run, true) == 0 {
+		e.unqueue(l, r)
+		l.stick(r)
+		e.list(l)
+		return Placement{}, false
+	}
 	var seed []byte
 	if e.seed != nil {
 		seed = e.seed(r.run.Parties[0].Batch)
 	}
 	m := p.draw(e, r.run, seed)
-	if m == nil {
-		e.park(l)
-		return Placement{}, false
-	}
-	out := e.book(r.job, m, p.class, nil)
+	out := e.book(r, m, p.class, nil)
 	out.Task, out.Check = r.run.Parties[0].Task, r.run.Check
 	if slices.ContainsFunc(r.run.Parties, func(a *musterpb.Attempt) bool { return a.Owner == m.Owner }) {
 		out.Relaxed = "checked by another worker of the same owner, as verify.same_owner allows"
 	}
 	e.dequeue(r)
-	r.run.Parties = append(r.run.Parties, &musterpb.Attempt{Worker: m.Id, Owner: m.Owner})
+	r.run.Parties = append(slices.Clip(r.run.Parties), &musterpb.Attempt{Worker: m.Id, Owner: m.Owner})
 	if r.run.Runs--; r.run.Runs > 0 {
+		r.parties = partiesOf(r.job.shape, r.run)
 		e.enqueue(r)
 	}
 	return out, true
@@ -494,8 +586,8 @@ func (e *Engine) turnOfCheck(l *lane, r *request) (Placement, bool) {
 
 // book takes from a machine that is ready what an attempt needs, of the given
 // class of devices unless that is noClass.
-func (e *Engine) book(j *queuedJob, m *machine, class int32, prefer []*musterpb.Affinity) Placement {
-	s := j.shape
+func (e *Engine) book(r *request, m *machine, class int32, prefer []*musterpb.Affinity) Placement {
+	j, s := r.job, r.job.shape
 	p := Placement{Job: j.Job, Worker: m.Id, Devices: []string{}}
 	if n := s.gpus(); n > 0 {
 		devices, taken := preferred(m.devices, prefer), make([]int, 0, n)
@@ -515,6 +607,7 @@ func (e *Engine) book(j *queuedJob, m *machine, class int32, prefer []*musterpb.
 	}
 	m.take(s.spec.Resources, p.Devices)
 	e.touch(m)
+	e.booked = append(e.booked, booked{slot: m.slot, gpus: s.gpus() > 0, request: r, units: j.account.units})
 	return p
 }
 
@@ -561,17 +654,17 @@ func (e *Engine) catchUp(s *shape) {
 func (e *Engine) makeRoom() {
 	for e.indexBytes() > maxIndexBytes && e.dropOldest() {
 	}
-	for len(e.list) > maxShapes && e.dropIdle() {
+	for len(e.byAge) > maxShapes && e.dropIdle() {
 	}
 }
 
 func (e *Engine) indexBytes() (n int) {
-	for _, s := range e.list {
+	for _, s := range e.byAge {
 		n += len(s.at) * 16
 		for _, o := range s.orders {
 			n += len(o.at) * 88
 		}
-		for _, p := range s.pools {
+		for _, p := range s.built {
 			n += len(p.at) * 8
 		}
 	}
@@ -582,7 +675,7 @@ func (e *Engine) indexBytes() (n int) {
 // for the decision at hand.
 func (e *Engine) dropOldest() bool {
 	used, drop := e.tick, func() {}
-	for _, s := range e.list {
+	for _, s := range e.byAge {
 		if len(s.at) > 0 && s.used < used {
 			used, drop = s.used, s.forget
 		}
@@ -599,17 +692,17 @@ func (e *Engine) dropOldest() bool {
 // dropIdle forgets the shape without jobs that was used least recently.
 func (e *Engine) dropIdle() bool {
 	at := -1
-	for i, s := range e.list {
-		if s.jobs == 0 && s.used < e.tick && (at < 0 || s.used < e.list[at].used) {
+	for i, s := range e.byAge {
+		if s.jobs == 0 && s.used < e.tick && (at < 0 || s.used < e.byAge[at].used) {
 			at = i
 		}
 	}
 	if at < 0 {
 		return false
 	}
-	e.list[at].forget()
-	delete(e.shapes, e.list[at].key)
-	e.list = slices.Delete(e.list, at, at+1)
+	e.byAge[at].forget()
+	delete(e.shapes, e.byAge[at].key)
+	e.byAge = slices.Delete(e.byAge, at, at+1)
 	return true
 }
 

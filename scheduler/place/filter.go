@@ -39,6 +39,7 @@ var (
 	draining     = because("is draining", "are draining", nil)
 	resting      = because("is paused after failures", "are paused after failures", nil)
 	busy         = because("is busy", "are busy", nil)
+	emptying     = because("is being emptied for a larger task", "are being emptied for larger tasks", nil)
 	hasPart      = because("belongs to an owner whose results are being compared", "belong to owners whose results are being compared", nil)
 )
 
@@ -170,6 +171,8 @@ func rejectNow(nowUnixMS int64, spec *musterpb.JobSpec, class string, w *Worker)
 	case w.FreeMilliCPUs < r.GetMilliCpus(), w.FreeMemoryBytes < r.GetMemoryBytes(), w.FreeDiskBytes < r.GetDiskBytes(),
 		pickDevices(spec, w, class, true) == nil:
 		return busy
+	case w.kept:
+		return emptying
 	}
 	return nil
 }

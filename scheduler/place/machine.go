@@ -22,8 +22,8 @@ type machine struct {
 	seq          uint64 // of the newest change
 	fixed        uint64 // of the newest change of more than what attempts use
 	newer, older *machine
-	resting      int        // position among those that rest, -1 elsewhere
-	kept         *queuedJob // that the machine is kept free for
+	resting      int   // position among those that rest, -1 elsewhere
+	kept         *lane // that the machine is kept free for
 }
 
 // device is a GPU of a machine; those of a machine are in the order in which
@@ -111,7 +111,7 @@ func (n *names) leave(owner int32) {
 
 // describe takes up what a worker is and what it has free.
 func (m *machine) describe(n *names, w *Worker) {
-	m.Worker, m.rank = w, rankOf(w.Id)
+	m.Worker, m.rank, w.kept = w, rankOf(w.Id), m.kept != nil
 	m.cpus = n.class(cpuClass(w.Worker))
 	m.devices = m.devices[:0]
 	for _, d := range w.Capacity.GetDevices() {
@@ -130,7 +130,7 @@ func (m *machine) describe(n *names, w *Worker) {
 
 // refresh takes up what a worker has free, where nothing else of it changed.
 func (m *machine) refresh(w *Worker) {
-	m.Worker = w
+	m.Worker, w.kept = w, m.kept != nil
 	for i := range m.devices {
 		m.devices[i].used = w.UsedDevices[m.devices[i].uuid]
 	}

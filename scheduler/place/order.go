@@ -287,8 +287,12 @@ func (o *order) machineLess(a, b int32) bool {
 	if x, y := &o.at[a].score, &o.at[b].score; *x != *y {
 		return x.less(y)
 	}
-	x, y := o.e.machines[a], o.e.machines[b]
-	return cmp.Or(cmp.Compare(x.rank, y.rank), cmp.Compare(x.Id, y.Id)) < 0
+	return o.e.before(o.e.machines[a], o.e.machines[b])
+}
+
+// before breaks ties: it orders machines by ID.
+func (e *Engine) before(a, b *machine) bool {
+	return cmp.Or(cmp.Compare(a.rank, b.rank), cmp.Compare(a.Id, b.Id)) < 0
 }
 
 // fixMachine restores a heap of machines of which one has changed.

@@ -27,6 +27,8 @@ type Worker struct {
 	FreeMemoryBytes int64
 	FreeDiskBytes   int64
 	UsedDevices     map[string]bool
+
+	kept bool // for an attempt that needs more of it than is free
 }
 
 // NewWorker is a worker with everything free.

@@ -22,10 +22,10 @@ import (
 type pool struct {
 	gate
 	name  string // of the hardware class
-	class int32  // its number, while there is anything seen
+	class int32  // its number, once it is built
 
-	seen   uint64
-	used   uint64
+	built  bool    // else the rest is empty; it follows the shape
+	opened bool    // a machine became ready since lanes were reviewed
 	at     []int8  // by slot: unfit, waiting or ready
 	owners []share // by owner
 	sorted []int32 // owners with a machine that suits, by name
@@ -39,42 +39,40 @@ type share struct {
 }
 
 func (p *pool) forget() {
-	p.seen, p.at, p.owners, p.sorted, p.free = 0, nil, nil, nil, 0
+	p.built, p.opened, p.at, p.owners, p.sorted, p.free = false, true, nil, nil, nil, 0
 }
 
+// catchUp makes the pool, or leaves it to its shape to bring it up to date.
 func (p *pool) catchUp(e *Engine) {
-	e.catchUp(p.shape)
-	p.used = e.tick
-	if p.seen == e.seq {
+	s := p.shape
+	e.catchUp(s)
+	if p.built {
 		return
 	}
-	if len(p.at) < len(e.machines) {
-		p.at = append(p.at, make([]int8, len(e.machines)-len(p.at))...)
-	}
-	if len(p.owners) < len(e.names.ownerOf) {
-		p.owners = append(p.owners, make([]share, len(e.names.ownerOf)-len(p.owners))...)
-	}
-	fresh := p.seen == 0
-	if fresh {
-		p.class = e.names.class(p.name)
-	}
-	for m := e.newest; m != nil && m.seq > p.seen; m = m.older {
-		p.update(e, m, fresh)
-	}
-	if fresh {
-		slices.SortFunc(p.sorted, func(a, b int32) int { return cmp.Compare(e.names.ownerOf[a], e.names.ownerOf[b]) })
-		for _, o := range p.sorted {
-			slices.SortFunc(p.owners[o].machines, e.byIDs)
+	p.class, p.built = e.names.class(p.name), true
+	s.built[p.class] = p
+	for _, m := range e.machines {
+		if m != nil {
+			p.update(e, m, true)
 		}
 	}
-	p.seen = e.seq
+	e.reviews += len(e.machines)
+	slices.SortFunc(p.sorted, func(a, b int32) int { return cmp.Compare(e.names.ownerOf[a], e.names.ownerOf[b]) })
+	for _, o := range p.sorted {
+		slices.SortFunc(p.owners[o].machines, e.byIDs)
+	}
 }
 
 // byIDs is the order of machines in a share.
 func (e *Engine) byIDs(a, b int32) int { return cmp.Compare(e.machines[a].Id, e.machines[b].Id) }
 
 func (p *pool) update(e *Engine, m *machine, fresh bool) {
-	e.reviews++
+	if len(p.at) < len(e.machines) {
+		p.at = append(p.at, make([]int8, len(e.machines)-len(p.at))...)
+	}
+	if len(p.owners) < len(e.names.ownerOf) {
+		p.owners = append(p.owners, make([]share, len(e.names.ownerOf)-len(p.owners))...)
+	}
 	s := p.shape
 	state := unfit
 	if s.at[m.slot].home != noClass {
@@ -108,6 +106,7 @@ func (p *pool) set(e *Engine, m *machine, state int8, fresh bool) {
 			p.free--
 		}
 	case state == ready:
+		p.opened = true
 		if o.ready++; o.ready == 1 {
 			p.free++
 		}
@@ -196,13 +195,10 @@ const (
 	workerDraws = 16
 )
 
-// draw is the machine that runs a check, nil where nobody can now. Owners who
+// draw is the machine that runs a check; there is a candidate. Owners who
 // tried before and did not deliver draw only where nobody else does.
 func (p *pool) draw(e *Engine, run *state.WantedRun, seed []byte) *machine {
-	withTried := p.candidates(e, run, false) == 0
-	if withTried && p.candidates(e, run, true) == 0 {
-		return nil
-	}
+	withTried := len(run.Tried) > 0 && p.candidates(e, run, false) == 0
 	lots := newLottery(seed, run.Check.Id)
 	owner := lots.first("owner", len(p.sorted), ownerDraws, func(i int) bool {
 		o := p.sorted[i]

@@ -2,7 +2,6 @@ package place
 
 import (
 	"cmp"
-	"fmt"
 	"slices"
 	"strings"
 
@@ -23,8 +22,9 @@ type queuedJob struct {
 	requeued  []*musterpb.Task // next first
 	passed    []*musterpb.Task // of those, which wait for another owner; tried again in the next round
 	next, end uint32
-	tasks     *request // queued while there are tasks
-	checks    []*request
+	tasks     *request            // queued while there are tasks
+	checks    map[string]*request // by check
+	lastIndex int                 // that a check has got
 }
 
 // hasTasks reports whether a task waits that was not passed over.
@@ -34,9 +34,13 @@ func (j *queuedJob) hasTasks() bool { return len(j.requeued) > 0 || j.next < j.e
 type request struct {
 	job   *queuedJob
 	run   *state.WantedRun // nil for tasks
-	index int              // of a check, in its job
+	index int              // orders the checks of a job
 	lane  *lane
-	pos   int // in its lane
+	// Who has a part in a check can't run it, so checks with the same parties find
+	// a place together or not at all.
+	parties string
+	stuck   bool // its lane found nobody without a part in it
+	pos     int  // in its lane, or among those that are stuck with it
 }
 
 // before orders the requests of an account: priority, then age; within a job
@@ -54,19 +58,24 @@ func (r *request) before(o *request) bool {
 // lane is the requests of an account that wait for the same: where the first
 // finds no place, none does. A lane then parks at the gate until that opens.
 type lane struct {
-	key      string
 	account  *account
 	gate     *gate
 	requests heap[*request]
-	pos      int // among the account's lanes that may go on, -1 elsewhere
+	stuck    map[string][]*request // checks that found nobody, by their parties
+	pos      int                   // among the account's lanes that may go on, -1 elsewhere
+	listed   bool                  // at the gate, since it is parked or something is stuck
 	parked   bool
+	since    int64 // when others went past it first, since it was served; 0 when none did
 }
+
+// idle reports whether nothing of the account waits here any more.
+func (l *lane) idle() bool { return len(l.requests.items) == 0 && len(l.stuck) == 0 }
 
 // gate is what lanes park at: a shape for tasks, a pool for checks.
 type gate struct {
 	shape  *shape
 	pool   *pool // nil for tasks
-	parked []*lane
+	lanes  []*lane
 	listed bool // among the engine's closed gates
 }
 
@@ -75,13 +84,13 @@ type account struct {
 	name  string
 	units int64 // running
 	jobs  int   // with work to place
-	lanes map[string]*lane
+	lanes map[*gate]*lane
 	open  heap[*lane] // that may go on, by their first request
 	pos   int         // among the accounts with such lanes, -1 elsewhere
 }
 
 func newAccount(name string) *account {
-	a := &account{name: name, lanes: map[string]*lane{}, pos: -1}
+	a := &account{name: name, lanes: map[*gate]*lane{}, pos: -1}
 	a.open = heap[*lane]{
 		less:  func(a, b *lane) bool { return a.requests.items[0].before(b.requests.items[0]) },
 		moved: func(l *lane, at int) { l.pos = at },
@@ -96,19 +105,31 @@ func usesLess(a, b *account) bool {
 
 // enqueue puts a request into its lane.
 func (e *Engine) enqueue(r *request) {
-	key, at := e.laneOf(r)
-	a := r.job.account
-	l := a.lanes[key]
+	at, a := e.gateOf(r), r.job.account
+	l := a.lanes[at]
 	if l == nil {
-		l = &lane{key: key, account: a, gate: at, pos: -1}
+		l = &lane{account: a, gate: at, pos: -1}
 		l.requests = heap[*request]{less: (*request).before, moved: func(r *request, at int) { r.pos = at }}
-		a.lanes[key] = l
+		a.lanes[at] = l
 	}
 	r.lane = l
+	if len(l.stuck[r.parties]) > 0 {
+		l.stick(r)
+		return
+	}
 	l.requests.push(r)
 	if !l.parked {
 		e.present(l)
 	}
+}
+
+// stick puts a check beside the others that found nobody.
+func (l *lane) stick(r *request) {
+	if l.stuck == nil {
+		l.stuck = map[string][]*request{}
+	}
+	r.stuck, r.pos = true, len(l.stuck[r.parties])
+	l.stuck[r.parties] = append(l.stuck[r.parties], r)
 }
 
 // present lets a lane take part, at the place of its first request.
@@ -136,15 +157,30 @@ func (e *Engine) withdraw(l *lane) {
 // dequeue takes a request out of its lane.
 func (e *Engine) dequeue(r *request) {
 	l := r.lane
-	r.lane = nil
 	if l == nil {
 		return
 	}
+	r.lane = nil
+	if r.stuck {
+		list := l.stuck[r.parties]
+		last := list[len(list)-1]
+		list[r.pos], last.pos = last, r.pos
+		if l.stuck[r.parties] = list[:len(list)-1]; len(list) == 1 {
+			delete(l.stuck, r.parties)
+		}
+		r.stuck = false
+	} else {
+		e.unqueue(l, r)
+	}
+	if l.idle() {
+		delete(l.account.lanes, l.gate)
+	}
+}
+
+// unqueue takes a request out of the heap of its lane.
+func (e *Engine) unqueue(l *lane, r *request) {
 	if len(l.requests.items) == 1 {
 		e.withdraw(l) // while it has a first request to compare by
-		l.requests.remove(r.pos)
-		delete(l.account.lanes, l.key)
-		return
 	}
 	l.requests.remove(r.pos)
 	if l.pos >= 0 {
@@ -152,43 +188,66 @@ func (e *Engine) dequeue(r *request) {
 	}
 }
 
+// list makes a lane be looked at when its gate may have opened.
+func (e *Engine) list(l *lane) {
+	g := l.gate
+	if !l.listed {
+		l.listed = true
+		g.lanes = append(g.lanes, l)
+	}
+	if !g.listed {
+		g.listed = true
+		e.closed = append(e.closed, g)
+	}
+}
+
 // park makes a lane wait for its gate.
 func (e *Engine) park(l *lane) {
 	e.withdraw(l)
 	l.parked = true
-	l.gate.parked = append(l.gate.parked, l)
-	if !l.gate.listed {
-		l.gate.listed = true
-		e.closed = append(e.closed, l.gate)
+	e.list(l)
+}
+
+// unpark lets a lane go on.
+func (e *Engine) unpark(l *lane) {
+	l.parked = false
+	if len(l.requests.items) > 0 {
+		e.present(l)
 	}
 }
 
-// laneOf says what a request waits for.
-func (e *Engine) laneOf(r *request) (string, *gate) {
+// gateOf says what a request waits for.
+func (e *Engine) gateOf(r *request) *gate {
 	s := r.job.shape
 	if r.run == nil {
-		return s.key, &s.gate
+		return &s.gate
 	}
 	p := s.pools[r.run.Class]
 	if p == nil {
-		p = &pool{name: r.run.Class}
+		p = &pool{name: r.run.Class, opened: true}
 		p.gate.shape, p.gate.pool = s, p
 		s.pools[r.run.Class] = p
 	}
-	// Who has a part in a check can't run it, so checks wait for the same when
-	// the same have a part in them.
-	var parties []string
-	for _, a := range r.run.Parties {
-		party := a.Owner
+	return &p.gate
+}
+
+// partiesOf is equal for checks of a shape that the same can't run.
+func partiesOf(s *shape, run *state.WantedRun) string {
+	party := func(a *musterpb.Attempt) string {
 		if s.spec.Verify.GetSameOwner() {
-			party = a.Worker
+			return a.Worker
 		}
-		if !slices.Contains(parties, party) {
-			parties = append(parties, party)
-		}
+		return a.Owner
+	}
+	if len(run.Parties) == 1 {
+		return party(run.Parties[0])
+	}
+	var parties []string
+	for _, a := range run.Parties {
+		parties = append(parties, party(a))
 	}
 	slices.Sort(parties)
-	return fmt.Sprintf("%q %q %s", r.run.Class, strings.Join(parties, " "), s.key), &p.gate
+	return strings.Join(slices.Compact(parties), " ")
 }
 
 // reopen lets lanes go on whose gate has opened since they parked. It looks at
@@ -199,7 +258,7 @@ func (e *Engine) reopen() {
 	for n := len(e.closed); n > 0 && e.reviews < limit; n-- {
 		g := e.closed[0]
 		e.closed = e.closed[1:]
-		if g.review(e); len(g.parked) > 0 {
+		if g.review(e); len(g.lanes) > 0 {
 			e.closed = append(e.closed, g)
 		} else {
 			g.listed = false
@@ -207,36 +266,42 @@ func (e *Engine) reopen() {
 	}
 }
 
-// review presents the lanes that could go on.
+// review lets the lanes go on that could, and keeps those listed for which
+// there is more to wait for.
 func (g *gate) review(e *Engine) {
-	g.parked = slices.DeleteFunc(g.parked, func(l *lane) bool { return len(l.requests.items) == 0 })
-	switch {
-	case len(g.parked) == 0: // nothing waits any more
+	g.lanes = slices.DeleteFunc(g.lanes, func(l *lane) bool {
+		l.listed = !l.idle()
+		return !l.listed
+	})
+	if len(g.lanes) == 0 { // nothing waits any more
 		return
-	case g.pool == nil:
-		e.catchUp(g.shape)
-	default:
-		g.pool.catchUp(e)
 	}
-	still := g.parked[:0]
-	for _, l := range g.parked {
-		switch {
-		case g.passable(e, l):
-			l.parked = false
-			e.present(l)
-		default:
-			still = append(still, l)
-		}
-	}
-	clear(g.parked[len(still):])
-	g.parked = still
-}
-
-func (g *gate) passable(e *Engine, l *lane) bool {
+	opened := false
 	if g.pool == nil {
-		return g.shape.total.ready > 0
+		e.catchUp(g.shape)
+		opened = g.shape.total.ready > 0
+	} else {
+		g.pool.catchUp(e)
+		opened = g.pool.opened && g.pool.free > 0
+		g.pool.opened = false
 	}
-	return g.pool.candidates(e, l.requests.items[0].run, true) > 0
+	if !opened {
+		return
+	}
+	g.lanes = slices.DeleteFunc(g.lanes, func(l *lane) bool {
+		for parties, list := range l.stuck { // one does not depend on another
+			if g.pool.candidates(e, list[0].run, true) > 0 {
+				delete(l.stuck, parties)
+				for _, r := range list {
+					r.stuck = false
+					l.requests.push(r)
+				}
+			}
+		}
+		e.unpark(l)
+		l.listed = len(l.stuck) > 0
+		return !l.listed
+	})
 }
 
 // counts is how many attempts of a job that spreads are on each worker, and on

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/scheduler/state"
 )
 
 // shape is what jobs with identical constraints have in common: the machines
@@ -25,7 +26,8 @@ type shape struct {
 	total    tally
 	checkers map[int32]*checkable // by hardware class
 	orders   map[string]*order
-	pools    map[string]*pool
+	pools    map[string]*pool // by name of the class
+	built    map[int32]*pool  // those with an index
 }
 
 // member is what a shape knows of a machine.
@@ -81,7 +83,7 @@ func (s *shape) forget() {
 	for _, o := range s.orders {
 		o.gone = true
 	}
-	s.checkers, s.orders = map[int32]*checkable{}, map[string]*order{}
+	s.checkers, s.orders, s.built = map[int32]*checkable{}, map[string]*order{}, map[int32]*pool{}
 	if s.pools == nil {
 		s.pools = map[string]*pool{}
 	}
@@ -154,11 +156,25 @@ func (s *shape) home(n *names, m *machine) (int32, bool) {
 	return s.pick(m.devices, noClass, false, nil)
 }
 
-// open reports whether a machine that suits has the time, and everything but
+func (s *shape) units() int64 { return state.Units(s.spec.Resources) }
+
+// open reports whether a machine that suits may be used, and has everything but
 // devices, for an attempt.
-func (s *shape) open(nowUnixMS int64, m *machine) bool {
+func (s *shape) open(nowUnixMS int64, m *machine) bool { return m.kept == nil && s.room(nowUnixMS, m) }
+
+// fits reports whether a machine that suits has all that an attempt needs.
+func (s *shape) fits(nowUnixMS int64, m *machine) bool {
+	if s.gpus() > 0 {
+		if _, ok := s.pick(m.devices, noClass, true, nil); !ok {
+			return false
+		}
+	}
+	return s.room(nowUnixMS, m)
+}
+
+func (s *shape) room(nowUnixMS int64, m *machine) bool {
 	r := s.spec.Resources
-	return m.BackoffUntilUnixMs <= nowUnixMS && m.kept == nil &&
+	return m.BackoffUntilUnixMs <= nowUnixMS &&
 		m.FreeMilliCPUs >= r.GetMilliCpus() && m.FreeMemoryBytes >= r.GetMemoryBytes() && m.FreeDiskBytes >= r.GetDiskBytes()
 }
 
@@ -171,7 +187,8 @@ func (s *shape) update(e *Engine, m *machine) {
 		s.owners = append(s.owners, make([]tally, len(e.names.ownerOf)-len(s.owners))...)
 	}
 	at := &s.at[m.slot]
-	if at.fixed != m.fixed {
+	fixed := at.fixed == m.fixed
+	if !fixed {
 		home, ok := s.home(e.names, m)
 		s.settle(e, m, at, home, ok)
 		at.fixed = m.fixed
@@ -179,16 +196,41 @@ func (s *shape) update(e *Engine, m *machine) {
 	state := unfit
 	if at.home != noClass {
 		state = waiting
-		if s.open(e.now, m) {
+		if m.kept == nil && s.fits(e.now, m) {
 			state = ready
-			if s.gpus() > 0 {
-				if _, ok := s.pick(m.devices, noClass, true, nil); !ok {
-					state = waiting
-				}
-			}
 		}
 	}
 	s.count(at, m.owner, state)
+	s.updatePools(e, m, fixed)
+}
+
+// updatePools takes up a change in the pools of the machine's classes or,
+// where those may have changed too, in all.
+func (s *shape) updatePools(e *Engine, m *machine, sameClasses bool) {
+	if len(s.built) == 0 {
+		return
+	}
+	if !sameClasses {
+		for _, p := range s.built { // one does not depend on another
+			p.update(e, m, false)
+		}
+		return
+	}
+	if s.gpus() == 0 {
+		if p := s.built[s.at[m.slot].home]; p != nil {
+			p.update(e, m, false)
+		}
+		return
+	}
+	last := noClass
+	for i := range m.devices {
+		if of := m.devices[i].kind.class; of != last {
+			if p := s.built[of]; p != nil {
+				p.update(e, m, false)
+			}
+			last = of
+		}
+	}
 }
 
 // settle notes the class of a machine's results. When that gives an owner's
@@ -263,7 +305,7 @@ func (s *shape) remove(e *Engine, m *machine) {
 	for _, o := range s.orders {
 		o.remove(m)
 	}
-	for _, p := range s.pools {
+	for _, p := range s.built {
 		p.remove(e, m)
 	}
 }

@@ -17,12 +17,13 @@ type Work struct {
 	Requeued []*musterpb.Task
 	// Tasks from Next on, before End, were never placed.
 	Next, End uint32
-	// Checks are the first that want a further run.
+	// Checks are those that want a further run.
 	Checks []WantedRun
 }
 
-// maxListed bounds the requeued tasks, and the checks, of a Work: those behind
-// them come up when they are placed.
+// maxListed bounds the requeued tasks of a Work: those behind them come up when
+// they are placed. Checks are listed all, since the first may wait for ever for
+// somebody who could run them, and others would wait behind.
 const maxListed = 1024
 
 // WantedRun is a check that wants another owner's run.
@@ -64,6 +65,28 @@ func (s *State) WorkOf(job string) (Work, bool) {
 	return s.work(job)
 }
 
+// TasksOf is WorkOf without the checks, of which there may be many.
+func (s *State) TasksOf(job string) (w Work, waits bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.taskWork(job)
+}
+
+// Wanted is what a check wants now, and whether it wants a run at all.
+func (s *State) Wanted(check string) (WantedRun, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	c := s.checks.Get(check)
+	if c == nil {
+		return WantedRun{}, false
+	}
+	x := s.index.jobs[c.Job]
+	if x == nil || x.wanted.get(check) <= 0 {
+		return WantedRun{Check: c}, false
+	}
+	return s.wantedRun(c, x.wanted.get(check)), true
+}
+
 func (s *State) workOf(jobs func(func(string) bool)) (list []Work) {
 	for id := range jobs {
 		if w, ok := s.work(id); ok {
@@ -75,24 +98,25 @@ func (s *State) workOf(jobs func(func(string) bool)) (list []Work) {
 }
 
 func (s *State) work(id string) (Work, bool) {
-	job, x := s.jobs.Get(id), s.index.jobs[id]
-	if x == nil {
-		return Work{Job: job}, false
+	w, waits := s.taskWork(id)
+	if x := s.index.jobs[id]; x != nil {
+		for check := range x.wanted.all() {
+			w.Checks = append(w.Checks, s.wantedRun(s.checks.Get(check), x.wanted.get(check)))
+		}
 	}
+	return w, waits || len(w.Checks) > 0
+}
+
+func (s *State) taskWork(id string) (Work, bool) {
+	job := s.jobs.Get(id)
 	w := Work{Job: job}
-	if !Ended(job.State) && job.State != musterpb.JobState_JOB_STATE_PAUSED {
+	if s.index.jobs[id] != nil && !Ended(job.State) && job.State != musterpb.JobState_JOB_STATE_PAUSED {
 		w.Next, w.End = job.NextTask, job.Tasks
 		for _, n := range job.Requeued[:min(len(job.Requeued), maxListed)] {
 			w.Requeued = append(w.Requeued, s.tasks.Get(taskKey{id, n}))
 		}
 	}
-	for check := range x.wanted.all() {
-		if len(w.Checks) == maxListed {
-			break
-		}
-		w.Checks = append(w.Checks, s.wantedRun(s.checks.Get(check), x.wanted.get(check)))
-	}
-	return w, w.Next < w.End || len(w.Requeued) > 0 || len(w.Checks) > 0
+	return w, w.Next < w.End || len(w.Requeued) > 0
 }
 
 func (s *State) wantedRun(check *musterpb.Check, n int) WantedRun {

@@ -133,12 +133,12 @@ func (n *Network) StartScheduler(ctx context.Context, i int) error {
 	if i > 0 {
 		args = append(args, "--join", n.Addresses[0], "--key", n.AdminKey)
 	}
-	p, err := startProcess(n.config.Binary, n.DataDir(i)+".log", append(args, n.config.Flags...)...)
+	p, err := StartProcess(n.config.Binary, n.DataDir(i)+".log", append(args, n.config.Flags...)...)
 	if err != nil {
 		return err
 	}
 	n.Schedulers[i] = p
-	return p.waitReady(ctx)
+	return p.WaitReady(ctx)
 }
 
 // UntilCommittee waits until every scheduler takes part in the draws: before
@@ -165,9 +165,19 @@ func (n *Network) UntilCommittee(ctx context.Context) error {
 	})
 }
 
-// Leader is the number of the scheduler that leads, as most of those that
-// answer say.
-func (n *Network) Leader(ctx context.Context) (int, error) {
+// Leader is the number of the scheduler that leads, as most of all say; it waits
+// for an election to end.
+func (n *Network) Leader(ctx context.Context) (leader int, err error) {
+	waiting, cancel := context.WithTimeout(ctx, startWithin)
+	defer cancel()
+	err = Poll(waiting, 10*time.Millisecond, func() (bool, error) {
+		leader, err = n.leader(waiting)
+		return err == nil, err
+	})
+	return leader, err
+}
+
+func (n *Network) leader(ctx context.Context) (int, error) {
 	said := make([]int, len(n.Addresses))
 	for i := range n.Addresses {
 		m, err := n.status(ctx, n.light[i])
@@ -237,7 +247,7 @@ func (n *Network) Stop() error {
 	return g.Wait()
 }
 
-// Process is one scheduler process.
+// Process is a muster process.
 type Process struct {
 	cmd   *exec.Cmd
 	log   string // path
@@ -247,7 +257,8 @@ type Process struct {
 	err   error // how it ended; written before done is closed
 }
 
-func startProcess(binary, log string, args ...string) (*Process, error) {
+// StartProcess starts muster with a log of its own.
+func StartProcess(binary, log string, args ...string) (*Process, error) {
 	if err := os.MkdirAll(filepath.Dir(log), 0o700); err != nil {
 		return nil, err
 	}
@@ -283,14 +294,15 @@ func startProcess(binary, log string, args ...string) (*Process, error) {
 	return p, nil
 }
 
-func (p *Process) waitReady(ctx context.Context) error {
+// WaitReady waits until the process says that it is ready.
+func (p *Process) WaitReady(ctx context.Context) error {
 	select {
 	case <-p.ready:
 		return nil
 	case <-p.done:
-		return fmt.Errorf("a scheduler ended before it was ready: %w\n%s", p.err, p.tail())
+		return fmt.Errorf("muster %s ended before it was ready: %w\n%s", p.cmd.Args[1], p.err, p.tail())
 	case <-time.After(startWithin):
-		return fmt.Errorf("a scheduler was not ready after %s\n%s", startWithin, p.tail())
+		return fmt.Errorf("muster %s was not ready after %s\n%s", p.cmd.Args[1], startWithin, p.tail())
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -324,11 +336,16 @@ func (p *Process) Stop() error {
 	select {
 	case <-p.done:
 	case <-time.After(startWithin):
-		p.Kill()
-		return fmt.Errorf("a scheduler did not stop within %s\n%s", startWithin, p.tail())
+		_ = p.cmd.Process.Signal(syscall.SIGQUIT) // its log shows what it was doing
+		select {
+		case <-p.done:
+		case <-time.After(5 * time.Second):
+			p.Kill()
+		}
+		return fmt.Errorf("muster %s did not stop within %s\n%s", p.cmd.Args[1], startWithin, p.tail())
 	}
 	if p.err != nil {
-		return fmt.Errorf("a scheduler after an interrupt: %w\n%s", p.err, p.tail())
+		return fmt.Errorf("muster %s after an interrupt: %w\n%s", p.cmd.Args[1], p.err, p.tail())
 	}
 	return nil
 }
@@ -357,4 +374,18 @@ func Poll(ctx context.Context, every time.Duration, f func() (bool, error)) erro
 		case <-tick.C:
 		}
 	}
+}
+
+// Node is a scheduler's identity, and the address of its Raft transport.
+func (n *Network) Node(ctx context.Context, i int) (id api.NodeID, raft string, err error) {
+	m, err := n.status(ctx, n.light[i])
+	if err != nil {
+		return "", "", err
+	}
+	for _, node := range m.Nodes {
+		if node.ApiAddress == n.Addresses[i] {
+			return api.NodeID(node.Id), node.RaftAddress, nil
+		}
+	}
+	return "", "", api.Errorf(api.NotFound, "scheduler %d is not a member of its cluster", i)
 }

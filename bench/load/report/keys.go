@@ -2,6 +2,12 @@
 // the targets, and how they are shown.
 package report
 
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
 // Key is one figure of results.json.
 type Key struct {
 	Name    string
@@ -68,7 +74,33 @@ var Keys = append([]Key{
 	{Name: "snapshot_pause_ms_1m_tasks", Unit: "ms", Meaning: "snapshot_pause_ms with 1,000,000 live tasks and as many attempts"},
 	{Name: "blob_mib_per_s", Unit: "MiB/s", Meaning: "1 GiB from the submitter through a scheduler to a worker's disk"},
 	{Name: "blob_copy_mib_per_s", Unit: "MiB/s", Meaning: "the plain copy that it is compared with"},
-}, stageKeys()...)
+}, slices.Concat(stageKeys(), simKeys())...)
+
+// SimSizes are the numbers of workers with which bench/sim measures decisions.
+var SimSizes = []int{100, 1000, 10_000, 50_000}
+
+// simWaits are the kinds of jobs whose waiting bench/sim watches: GPUs of an
+// attempt, and what they must be.
+var simWaits = []string{"gpu1", "gpu1-24gb", "gpu1-4090", "gpu1-80gb", "gpu2", "gpu4", "gpu8"}
+
+func simKeys() []Key {
+	list := []Key{
+		{Name: "sim_decisions_per_s", Unit: "decisions/s", Meaning: "bench/sim: placements per second, decided and applied, of the largest network"},
+		{Name: "sim_queued_items", Unit: "items", Meaning: "bench/sim: items that wait meanwhile"},
+		{Name: "sim_pack_ns", Unit: "ns", Meaning: "bench/sim: cost of a decision that packs, 5,000 workers"},
+		{Name: "sim_spread_ns", Unit: "ns", Meaning: "bench/sim: the same with spread and affinity"},
+		{Name: "sim_jain", Unit: "ratio", Meaning: "bench/sim: fairness between accounts that want the same (Jain index; 1 is even)"},
+		{Name: "sim_gpu_used_share", Unit: "ratio", Meaning: "bench/sim: share of the GPUs' time that is used while work waits"},
+		{Name: "sim_makespan_over_bound", Unit: "ratio", Meaning: "bench/sim: time until a fixed amount of work is done over a lower bound of it"},
+	}
+	for _, n := range SimSizes {
+		list = append(list, Key{Name: fmt.Sprintf("sim_decision_ns_%d", n), Unit: "ns", Meaning: fmt.Sprintf("bench/sim: cost of a decision with %d workers", n)})
+	}
+	for _, kind := range simWaits {
+		list = append(list, Key{Name: "sim_longest_wait_s_" + kind, Unit: "s", Meaning: "bench/sim: longest wait of an attempt of that kind, in virtual time"})
+	}
+	return list
+}
 
 // Stages are the stages of a task's life, in order.
 var Stages = []string{"submit", "place", "start", "commit", "draw", "verdict", "post"}
@@ -95,4 +127,18 @@ func stageKeys() []Key {
 			Key{Name: "stage_" + stage + "_ms_max", Unit: "ms", Meaning: "the same, the slowest"})
 	}
 	return list
+}
+
+// KeyTable is the table of all keys, as Markdown.
+func KeyTable() string {
+	var b strings.Builder
+	b.WriteString("| key | unit | target | meaning |\n|---|---|---|---|\n")
+	for _, k := range Keys {
+		target := ""
+		if k.Target > 0 {
+			target = k.sign() + " " + number(k.Target)
+		}
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", k.Name, k.Unit, target, k.Meaning)
+	}
+	return b.String()
 }

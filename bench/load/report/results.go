@@ -113,6 +113,13 @@ const whySuffix = "_why"
 // notRun is the reason of a key that no measurement touched.
 const notRun = "not part of this run"
 
+// Why says why a key has no value.
+func (r *Results) Why(key string) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.reason(key)
+}
+
 func (r *Results) reason(key string) string {
 	if why := r.reasons[key]; why != "" {
 		return why
@@ -254,4 +261,31 @@ func (r *Results) WriteFiles(dir string) error {
 		return err
 	}
 	return os.WriteFile(dir+"/samples.json", r.Samples(), 0o644)
+}
+
+// Benchmark is the figures in the format of Go's benchmarks, which benchstat
+// reads: one line per key, with its unit.
+func (r *Results) Benchmark() []byte {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var b strings.Builder
+	for _, k := range Keys {
+		if v, ok := r.values[k.Name]; ok {
+			fmt.Fprintf(&b, "BenchmarkLoad/%s 1 %g %s\n", k.Name, v, benchUnit(k.Unit))
+		}
+	}
+	return []byte(b.String())
+}
+
+// benchUnit is a unit as benchstat knows it.
+func benchUnit(u string) string {
+	switch u {
+	case "µs":
+		return "µs/op"
+	case "ms":
+		return "ms/op"
+	case "s":
+		return "s/op"
+	}
+	return u
 }

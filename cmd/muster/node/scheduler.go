@@ -22,6 +22,7 @@ import (
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/api/server"
 	"github.com/musternet/muster/scheduler"
+	"github.com/musternet/muster/scheduler/archive"
 	"github.com/musternet/muster/scheduler/replica"
 	"github.com/musternet/muster/scheduler/state"
 )
@@ -105,7 +106,10 @@ func (c Scheduler) Run(ctx context.Context) (err error) {
 	sched := scheduler.New(scheduler.Config{
 		Key: key, Dir: c.Dir, State: st, Replica: rep, Blobs: all, Peers: peers, Timing: c.Timing, Logger: c.Logger,
 	})
-	srv := server.New(server.Config{State: st, Scheduler: sched, Cluster: cluster{sched}, Blobs: all, Local: local, Logger: c.Logger})
+	srv := server.New(server.Config{
+		State: st, Scheduler: sched, Cluster: cluster{sched}, History: archive.New(all, st, archive.DefaultCache),
+		Blobs: all, Local: local, Logger: c.Logger,
+	})
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return sched.Run(ctx) })
