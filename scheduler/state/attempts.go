@@ -79,6 +79,9 @@ func (s *State) placeAttempt(c *musterpb.PlaceAttempt) (string, error) {
 			return "", api.Errorf(api.Conflict, "worker %s has no device %s (any more)", c.Worker, d)
 		}
 	}
+	if old := s.attempts.Get(c.Attempt); old != nil {
+		s.finishSweep(old.Job)
+	}
 	x := s.index.workers[c.Worker]
 	if busy := x.use.busyDevice(c.Devices); busy != "" {
 		return "", api.Errorf(api.Conflict, "device %s of worker %s is in use", busy, c.Worker)

@@ -106,7 +106,8 @@ func (l *lives) check(ids []string) {
 			continue // a proven owner is sampled
 		}
 		run := "run-" + id
-		l.apply(placement(run, "j1", int(l.Attempt(id).Task), check, l.worker[1]))
+		target := l.Attempt(id)
+		l.apply(placement(run, target.Job, int(target.Task), check, l.worker[1]))
 		l.apply(start(run))
 		l.apply(result(run))
 		l.apply(&musterpb.Command{Body: &musterpb.Command_RecordComparisons{RecordComparisons: &musterpb.RecordComparisons{

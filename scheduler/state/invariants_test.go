@@ -401,6 +401,8 @@ type replicas struct {
 	entries  int
 	cursor   uint64 // of the changes
 	work     map[string]Work
+	uses     map[string]Use
+	units    map[string]int64
 }
 
 func (r *replicas) apply(cmd *musterpb.Command) *musterpb.Answer {
@@ -484,10 +486,27 @@ func (r *replicas) told(cmd *musterpb.Command, before, after *Snapshot) {
 		}
 		work[id] = w
 	}
-	previous := r.work
-	r.work = work
+	uses, units := map[string]Use{}, map[string]int64{}
+	for _, id := range keysOf(r.workers) {
+		uses[id] = r.UseOf(id)
+	}
+	for _, id := range r.Accounts() {
+		units[id] = r.UsageOf(id)
+	}
+	previous, usesBefore, unitsBefore := r.work, r.uses, r.units
+	r.work, r.uses, r.units = work, uses, units
 	if c.Reset {
 		return
+	}
+	for id, use := range uses {
+		if !slices.Contains(c.Workers, id) && !reflect.DeepEqual(use, usesBefore[id]) {
+			r.t.Fatalf("%v changed the use of worker %s and did not tell", cmd, id)
+		}
+	}
+	for id, n := range units {
+		if n != unitsBefore[id] && !slices.ContainsFunc(c.Jobs, func(job string) bool { return r.Job(job).GetAccount() == id }) {
+			r.t.Fatalf("%v changed the usage of account %s and told of none of its jobs", cmd, id)
+		}
 	}
 	for what, missing := range map[string][]string{
 		"workers":  untold(before.workers, after.workers, c.Workers),

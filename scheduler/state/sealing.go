@@ -325,7 +325,8 @@ func (s *State) sweep(tasks int) {
 	}
 }
 
-// finishSweep removes what is left of a sealed job, whose ID is used again.
+// finishSweep removes what is left of a sealed job, when an ID of it is used
+// again.
 func (s *State) finishSweep(job string) {
 	if !s.isDropped(job) {
 		return
@@ -338,20 +339,15 @@ func (s *State) finishSweep(job string) {
 	s.sweeps = slices.Delete(s.sweeps, i, i+1)
 }
 
-// remove takes a task of a sealed job out of the tables. An ID may belong to
-// another job's attempt by now.
+// remove takes a task of a sealed job out of the tables.
 func (s *State) remove(job string, number uint32) {
 	key := taskKey{job, number}
 	attempts, checks := s.appendOf(nil, nil, s.tasks.Get(key))
 	for _, a := range attempts {
-		if a.Job == job {
-			s.attempts.Delete(a.Id)
-		}
+		s.attempts.Delete(a.Id)
 	}
 	for _, c := range checks {
-		if c.Job == job {
-			s.checks.Delete(c.Id)
-		}
+		s.checks.Delete(c.Id)
 	}
 	s.tasks.Delete(key)
 }

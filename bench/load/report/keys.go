@@ -89,6 +89,7 @@ func simKeys() []Key {
 		{Name: "sim_queued_items", Unit: "items", Meaning: "bench/sim: items that wait meanwhile"},
 		{Name: "sim_pack_ns", Unit: "ns", Meaning: "bench/sim: cost of a decision that packs, 5,000 workers"},
 		{Name: "sim_spread_ns", Unit: "ns", Meaning: "bench/sim: the same with spread and affinity"},
+		{Name: "sim_checked_ns", Unit: "ns", Meaning: "bench/sim: the same where every result is checked, so that every second decision draws a checker"},
 		{Name: "sim_jain", Unit: "ratio", Meaning: "bench/sim: fairness between accounts that want the same (Jain index; 1 is even)"},
 		{Name: "sim_gpu_used_share", Unit: "ratio", Meaning: "bench/sim: share of the GPUs' time that is used while work waits"},
 		{Name: "sim_makespan_over_bound", Unit: "ratio", Meaning: "bench/sim: time until a fixed amount of work is done over a lower bound of it"},
