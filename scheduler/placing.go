@@ -19,7 +19,7 @@ type placer struct {
 	// jobs as a whole where that is said, else their tasks.
 	jobs     map[string]bool
 	machines map[string]struct{}
-	unpaid         time.Time // when checks that nobody could pay for were read again
+	unpaid   time.Time // when checks that nobody could pay for were read again
 }
 
 // placeLoop places what waits, whenever something changed. The timer is for

@@ -47,17 +47,15 @@ func (b *bench) submit(key string, tasks int) string {
 	return resp.Msg.Job
 }
 
-var attempts int
-
 // run places an attempt of a task, or of a check, and commits its result.
 func (b *bench) run(job string, task uint32, check, worker string) {
 	b.t.Helper()
-	attempts++
-	id := fmt.Sprintf("att-%016x", attempts)
+	b.attempts++
+	id := fmt.Sprintf("att-%016x", b.attempts)
 	now := time.Now().UnixMilli()
 	b.apply(&musterpb.Command{TimeUnixMs: now, Body: &musterpb.Command_PlaceAttempt{PlaceAttempt: &musterpb.PlaceAttempt{Attempt: id, Job: job, Task: task, Check: check, Worker: worker}}})
 	b.apply(&musterpb.Command{TimeUnixMs: now + 5, Body: &musterpb.Command_StartAttempt{StartAttempt: &musterpb.StartAttempt{Attempt: id}}})
-	if attempts%7 == 3 && check == "" { // it fails, and another takes its place
+	if b.attempts%7 == 3 && check == "" { // it fails, and another takes its place
 		b.apply(&musterpb.Command{TimeUnixMs: now + 9, Body: &musterpb.Command_EndAttempt{EndAttempt: &musterpb.EndAttempt{
 			Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Reason: "silent", Blame: musterpb.Blame_BLAME_NETWORK, LogDigest: string(api.DigestOf([]byte(id))),
 		}}})
@@ -198,6 +196,7 @@ func (b *bench) everything(jobs []string, node int) string {
 
 // Nobody can tell from an answer whether what it is about was sealed.
 func TestSealedAnswersAreTheSame(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	b.apply(&musterpb.Command{Body: &musterpb.Command_Deposit{Deposit: &musterpb.Deposit{Account: "evil", AmountMicroUsd: 1e9}}})
 	for _, owner := range []string{"owner-1", "owner-2"} {
@@ -239,6 +238,7 @@ func TestSealedAnswersAreTheSame(t *testing.T) {
 // A large job comes page by page, and the pages are the same once it is sealed:
 // it may be between two of them.
 func TestPagesOfALargeJob(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: "owner-1"}}})
 	worker, job := b.worker("owner-1"), b.submit("acme", 20_000)
@@ -321,6 +321,7 @@ func diff(t *testing.T, what, before, after string) {
 
 // A command that is repeated after its job was sealed gets its first answer.
 func TestRepeatAfterSealing(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	for _, owner := range []string{"owner-1", "owner-2"} {
 		b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: owner}}})
@@ -349,6 +350,7 @@ func TestRepeatAfterSealing(t *testing.T) {
 
 // History that can't be read is an error, and not an answer without it.
 func TestUnreadableHistory(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	for _, owner := range []string{"owner-1", "owner-2"} {
 		b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: owner}}})
@@ -374,6 +376,7 @@ func TestUnreadableHistory(t *testing.T) {
 
 // A watch sends the specification once, and again when it changed.
 func TestWatchSendsTheSpecificationOnce(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	for _, owner := range []string{"owner-1", "owner-2"} {
 		b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: owner}}})

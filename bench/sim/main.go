@@ -94,7 +94,7 @@ func logf(start time.Time, format string, args ...any) {
 func costs(s size, seed uint64, results map[string]float64) {
 	start := time.Now()
 	for _, workers := range s.sizes {
-		c := measureCost(seed, workers, s.decisions, s.queued, mix, packed)
+		c := measureCost(seed, load{workers: workers, decisions: s.decisions, queued: s.queued})
 		results[fmt.Sprintf("sim_decision_ns_%d", workers)] = c.engineNS
 		results["sim_decisions_per_s"] = 1e9 / c.wholeNS // of the largest
 		results["sim_queued_items"] = float64(c.queued)
@@ -102,12 +102,16 @@ func costs(s size, seed uint64, results map[string]float64) {
 		runtime.GC()
 	}
 	results["place_growth_10k"] = results["sim_decision_ns_10000"] / results["sim_decision_ns_100"]
-	plain := measureCost(seed, s.spread, s.decisions, s.queued, mix, packed)
+	plain := measureCost(seed, load{workers: s.spread, decisions: s.decisions, queued: s.queued})
 	runtime.GC()
-	prefer := measureCost(seed, s.spread, s.decisions, s.queued, mix, spread)
+	prefer := measureCost(seed, load{workers: s.spread, decisions: s.decisions, queued: s.queued, prefer: spread})
 	runtime.GC()
 	results["sim_pack_ns"], results["sim_spread_ns"] = plain.engineNS, prefer.engineNS
 	results["spread_over_pack"] = prefer.engineNS / plain.engineNS
+	checked := measureCost(seed, load{workers: s.spread, decisions: s.decisions, queued: s.queued, checked: true})
+	runtime.GC()
+	results["sim_checked_ns"] = checked.engineNS
+	logf(start, "%d workers: %.0f ns a decision where every result is checked", s.spread, checked.engineNS)
 	logf(start, "%d workers: %.0f ns a decision packed, %.0f ns with spread and affinity", s.spread, plain.engineNS, prefer.engineNS)
 }
 

@@ -28,10 +28,13 @@ type network struct {
 	chain    *verify.Chain
 	node     string
 	lastDraw int64
+	undrawn  bool // nothing is drawn, so that there are no checks
 
 	kinds    map[string]kind // by job
 	running  runHeap
 	attempts int
+
+	checkPPM uint32 // rate of proven owners
 
 	placing   time.Duration // what the engine took
 	decisions int
@@ -83,7 +86,7 @@ const batchEveryMS = 2000
 func newNetwork(seed uint64, workers int, customers []string) *network {
 	n := &network{
 		state: state.New(), rng: rand.New(rand.NewPCG(seed, uint64(workers))), nowMS: 1_700_000_000_000,
-		chain: verify.NewChain([]byte("simulated")), kinds: map[string]kind{},
+		chain: verify.NewChain([]byte("simulated")), kinds: map[string]kind{}, checkPPM: 30_000,
 	}
 	n.engine = place.NewEngine(n.seedOf)
 	n.must(&musterpb.Command{Body: &musterpb.Command_CreateCluster{CreateCluster: &musterpb.CreateCluster{Cluster: "simulated"}}})
@@ -142,7 +145,7 @@ func (n *network) submit(account string, k kind, items uint64, p *musterpb.Place
 		Name: k.name, Image: &musterpb.Image{Kind: musterpb.ImageKind_IMAGE_KIND_REGISTRY, Ref: "registry.example/simulated@" + digest, Digest: digest, Platforms: []string{"linux/amd64"}, Name: "registry.example/simulated"},
 		Items: &musterpb.Items{Count: items}, Chunk: 1, TimeoutMs: 3_600_000, Retries: 3, MaxPriceMicroUsdPerHour: 10_000_000, BudgetMicroUsd: int64(1_000_000 * api.Dollars),
 		Resources: &musterpb.Resources{Gpus: k.gpus, GpuModels: k.models, MinVramBytes: k.vramGB * 1_000_000_000, MilliCpus: cpus, MemoryBytes: cpus << 20, DiskBytes: 1 << 30},
-		Verify:    &musterpb.Verify{Comparator: "exact", RatePpm: 30_000}, Placement: p,
+		Verify:    &musterpb.Verify{Comparator: "exact", RatePpm: n.checkPPM}, Placement: p,
 	}
 	n.must(&musterpb.Command{Body: &musterpb.Command_SubmitJob{SubmitJob: &musterpb.SubmitJob{Job: id, Account: account, Spec: spec, PermutationKey: []byte("0123456789abcdef")}}})
 	return id
@@ -176,8 +179,11 @@ func (n *network) round(ends int, forMS int64) bool {
 
 // draw closes a batch now and then and reveals what draws from it.
 func (n *network) draw() {
+	if n.undrawn || n.nowMS-n.lastDraw < batchEveryMS {
+		return
+	}
 	waiting, free, epoch, digest := n.state.Committed()
-	if waiting == 0 || !free || n.nowMS-n.lastDraw < batchEveryMS {
+	if waiting == 0 || !free {
 		return
 	}
 	n.lastDraw = n.nowMS

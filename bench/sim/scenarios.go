@@ -32,21 +32,34 @@ type cost struct {
 // the same for every size, so that the sizes can be compared.
 const endsPerRound = 64
 
+// load is what decisions are measured with.
+type load struct {
+	workers, decisions int
+	queued             uint64                            // items
+	prefer             func(job int) *musterpb.Placement // nil for plain packing
+	checked            bool                              // every result is, else none: as many checks whatever the size
+}
+
 // measureCost fills a network, lets it run so full for a number of decisions,
 // and takes the time of those.
-func measureCost(seed uint64, workers, decisions int, queued uint64, mix []kind, prefer func(i int) *musterpb.Placement) cost {
+func measureCost(seed uint64, l load) cost {
 	var customers []string
 	for i := range 8 {
 		customers = append(customers, shuffleKey(i))
 	}
-	n := newNetwork(seed, workers, customers)
+	n := newNetwork(seed, l.workers, customers)
+	n.undrawn, n.checkPPM = !l.checked, 1_000_000
 	jobs := len(customers) * len(mix)
 	for i := range jobs {
-		n.submit(customers[i%len(customers)], mix[i/len(customers)], queued/uint64(jobs), prefer(i))
+		var p *musterpb.Placement
+		if l.prefer != nil {
+			p = l.prefer(i)
+		}
+		n.submit(customers[i%len(customers)], mix[i/len(customers)], l.queued/uint64(jobs), p)
 	}
 	for n.place() > 0 {
 	}
-	for n.decisions < workers { // over the first, which is in step
+	for warm := n.decisions + l.decisions/2; n.decisions < warm; { // runs get out of step
 		n.round(endsPerRound, 1<<40)
 	}
 	best := cost{queued: n.items()}
@@ -54,7 +67,7 @@ func measureCost(seed uint64, workers, decisions int, queued uint64, mix []kind,
 	for range costParts {
 		n.decisions, n.placing = 0, 0
 		start := cpuTime()
-		for n.decisions < decisions/costParts {
+		for n.decisions < l.decisions/costParts {
 			n.round(endsPerRound, 1<<40)
 		}
 		part := cost{decisions: n.decisions, engineNS: float64(n.placing) / float64(n.decisions), wholeNS: float64(cpuTime()-start) / float64(n.decisions)}
@@ -73,8 +86,6 @@ func measureCost(seed uint64, workers, decisions int, queued uint64, mix []kind,
 }
 
 const costParts = 5
-
-func packed(int) *musterpb.Placement { return nil }
 
 // spread is a preference of every kind at once.
 func spread(i int) *musterpb.Placement {

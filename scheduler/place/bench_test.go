@@ -81,7 +81,7 @@ func benchmarkPlace(b *testing.B, workers int, change func(*musterpb.Job)) {
 			e.SetWorker(w)
 			e.SetUsage(p.Job.Account, e.accounts[p.Job.Account].units-1)
 			if spreads(p.Job) {
-				c := e.countsOf(p.Job.Id)
+				c := e.countsOf(p.Job)
 				c.decided = c.decided[:0]
 				e.spread(c, spot{p.Worker, w.Owner}, -1)
 			}

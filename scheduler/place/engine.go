@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 
+	"github.com/musternet/muster/api/jobspec"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/state"
 )
@@ -56,9 +57,13 @@ type Engine struct {
 	turns    heap[*account] // that have something which may be placed
 	closed   []*gate        // that lanes park at
 
-	kept     []kept
-	booked   []booked // in this round
-	patience int64    // keepAfterMS, or another for tests
+	kept   []kept
+	booked []booked // in this round
+
+	// Limits, that tests set otherwise.
+	patience int64 // keepAfterMS
+	scanned  int   // maxScanned
+	narrow   int   // maxNarrow
 }
 
 // NewEngine is an engine that knows nothing yet. Seed draws the checkers of a
@@ -66,7 +71,7 @@ type Engine struct {
 func NewEngine(seed func(epoch uint64) []byte) *Engine {
 	e := &Engine{
 		seed: seed, names: newNames(), limit: minNames, byID: map[string]*machine{}, shapes: map[string]*shape{}, jobs: map[string]*queuedJob{},
-		counts: map[string]*counts{}, accounts: map[string]*account{}, patience: keepAfterMS,
+		counts: map[string]*counts{}, accounts: map[string]*account{}, patience: keepAfterMS, scanned: maxScanned, narrow: maxNarrow,
 	}
 	e.resting = heap[*machine]{
 		less: func(a, b *machine) bool {
@@ -287,7 +292,7 @@ func (e *Engine) addJob(of *musterpb.Job) *queuedJob {
 	j.account.jobs++
 	j.orderKey = orderKey(of, j.digests)
 	if spreads(of) {
-		j.counts = e.countsOf(j.Id)
+		j.counts = e.countsOf(of)
 	}
 	e.jobs[j.Id] = j
 	return j
@@ -383,7 +388,7 @@ func (e *Engine) SetAttempt(job *musterpb.Job, a *musterpb.Attempt) {
 	if !spreads(job) {
 		return
 	}
-	c := e.countsOf(job.Id)
+	c := e.countsOf(job)
 	_, known := c.live[a.Id]
 	running := a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED || a.State == musterpb.AttemptState_ATTEMPT_STATE_RUNNING
 	switch at := (spot{a.Worker, a.Owner}); {
@@ -401,11 +406,11 @@ func spreads(job *musterpb.Job) bool {
 	return job.Spec.Placement.GetSpread() != musterpb.Spread_SPREAD_NONE
 }
 
-func (e *Engine) countsOf(job string) *counts {
-	c := e.counts[job]
+func (e *Engine) countsOf(job *musterpb.Job) *counts {
+	c := e.counts[job.Id]
 	if c == nil {
-		c = &counts{byWorker: map[string]int64{}, byOwner: map[string]int64{}, live: map[string]spot{}}
-		e.counts[job] = c
+		c = &counts{by: job.Spec.Placement.Spread, byWorker: map[string]int64{}, byOwner: map[string]int64{}, live: map[string]spot{}}
+		e.counts[job.Id] = c
 	}
 	return c
 }
@@ -520,9 +525,7 @@ func (e *Engine) turn(l *lane) (Placement, bool) {
 
 // placeTask books a task on the best machine; there is one that is ready.
 func (e *Engine) placeTask(j *queuedJob, task uint32, avoid []string) Placement {
-	o := e.orderOf(j)
-	o.catchUp()
-	m := o.best(avoid)
+	m := e.bestFor(j, avoid)
 	j.tasks.lane.since = 0
 	p := e.book(j.tasks, m, noClass, j.Spec.Placement.GetAffinities())
 	p.Task = task
@@ -537,19 +540,35 @@ func (e *Engine) placeTask(j *queuedJob, task uint32, avoid []string) Placement 
 	return p
 }
 
-func (e *Engine) orderOf(j *queuedJob) *order {
-	if j.order == nil || j.order.gone {
-		s := j.shape
-		if j.order = s.orders[j.orderKey]; j.order == nil {
-			e.makeRoom()
-			j.order = newOrder(e, s, j.orderKey, j.Job, j.digests, j.counts)
-			s.orders[j.orderKey] = j.order
-		}
-		if j.counts != nil {
-			j.counts.order = j.order
-		}
+// bestFor is the best machine for a task; there is one that is ready.
+func (e *Engine) bestFor(j *queuedJob, avoid []string) *machine {
+	j.order = e.orderOf(j.shape, j.order, j.orderKey, j, nil)
+	c := j.counts
+	switch {
+	case len(j.shape.ready) <= e.scanned:
+		return j.order.scan(c, avoid)
+	case c == nil:
+		j.order.catchUp()
+		return j.order.best(avoid)
+	case len(c.byWorker) <= e.narrow && len(avoid) == 0:
+		j.order.catchUp()
+		return j.order.bestSpread(c)
 	}
-	return j.order
+	c.order = e.orderOf(j.shape, c.order, j.orderKey+"of "+j.Id, j, c)
+	c.order.catchUp()
+	return c.order.best(avoid)
+}
+
+// orderOf is an order as it was used last, unless that is gone.
+func (e *Engine) orderOf(s *shape, last *order, key string, j *queuedJob, c *counts) *order {
+	if last != nil && !last.gone {
+		return last
+	}
+	if s.orders[key] == nil {
+		e.makeRoom()
+		s.orders[key] = newOrder(e, s, key, j, c)
+	}
+	return s.orders[key]
 }
 
 func (e *Engine) turnOfCheck(l *lane, r *request) (Placement, bool) {
@@ -615,13 +634,13 @@ func (e *Engine) book(r *request, m *machine, class int32, prefer []*musterpb.Af
 func preferred(devices []device, affinities []*musterpb.Affinity) []device {
 	weight := func(d device) (sum int32) {
 		for _, a := range affinities {
-			if a.Attribute == "gpu" && isModel(d.kind.model, a.Value) {
+			if a.Attribute == jobspec.AttributeGPU && isModel(d.kind.model, a.Value) {
 				sum += a.Weight
 			}
 		}
 		return sum
 	}
-	if !slices.ContainsFunc(affinities, func(a *musterpb.Affinity) bool { return a.Attribute == "gpu" }) {
+	if !slices.ContainsFunc(affinities, func(a *musterpb.Affinity) bool { return a.Attribute == jobspec.AttributeGPU }) {
 		return devices
 	}
 	devices = slices.Clone(devices)
@@ -660,9 +679,9 @@ func (e *Engine) makeRoom() {
 
 func (e *Engine) indexBytes() (n int) {
 	for _, s := range e.byAge {
-		n += len(s.at) * 16
+		n += len(s.at) * 28
 		for _, o := range s.orders {
-			n += len(o.at) * 88
+			n += len(o.at) * 104
 		}
 		for _, p := range s.built {
 			n += len(p.at) * 8

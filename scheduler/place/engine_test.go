@@ -170,13 +170,13 @@ func (s *slow) check(j *musterpb.Job, run *state.WantedRun) (Placement, bool) {
 	}
 	owners := slices.Sorted(maps.Keys(machines))
 	lots := newLottery(s.seed(run.Parties[0].Batch), run.Check.Id)
-	owner := owners[lots.first("owner", len(owners), ownerDraws, func(i int) bool {
+	owner := owners[lots.first(drawOwner, len(owners), ownerDraws, func(i int) bool {
 		return slices.ContainsFunc(machines[owners[i]], func(w *Worker) bool {
 			return free[w.Id] && (usable[false] == 0 || !slices.Contains(run.Tried, w.Owner))
 		})
 	})]
 	list := machines[owner]
-	w := list[lots.first("worker of "+owner, len(list), workerDraws, func(i int) bool { return free[list[i].Id] })]
+	w := list[lots.first(drawWorker, len(list), workerDraws, func(i int) bool { return free[list[i].Id] })]
 	p := s.take(j, run.Parties[0].Task, run, w)
 	if slices.ContainsFunc(run.Parties, func(a *musterpb.Attempt) bool { return a.Owner == w.Owner }) {
 		p.Relaxed = "relaxed"
@@ -465,6 +465,7 @@ func TestEngineMatchesTheSlowWay(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := &world{t: t, e: NewEngine(seedOf), now: 1000, workers: map[string]*Worker{}, work: map[string]state.Work{}, usage: map[string]int64{}, attempts: map[string]Placement{}}
 		w.e.patience = 1 << 60 // the slow way keeps no machine for anybody
+		w.e.scanned, w.e.narrow = 2*w.draw(2, "scanned"), 2*w.draw(2, "narrow")
 		for range 1 + w.draw(5, "workers") {
 			w.setWorker(w.anyWorker())
 		}
@@ -474,7 +475,7 @@ func TestEngineMatchesTheSlowWay(t *testing.T) {
 			"plan2": func(*rapid.T) { w.round() },
 			"plan3": func(*rapid.T) { w.round() },
 			"join": func(*rapid.T) {
-				if len(w.workers) < 12 {
+				if len(w.workers) < 16 {
 					w.setWorker(w.anyWorker())
 				}
 			},

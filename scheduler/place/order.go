@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 
+	"github.com/musternet/muster/api/jobspec"
 	"github.com/musternet/muster/api/musterpb"
 )
 
@@ -11,15 +12,18 @@ import (
 // same ones: a heap of each owner's machines, and a heap of owners by their
 // best machine. So an owner can be passed over, and an owner's count of
 // attempts changes the rank of all of its machines at once.
+//
+// Where few machines are ready, as on a network that is full, they are looked
+// at one by one, and the heaps are not kept up to date.
 type order struct {
-	shape   *shape
-	digests []string // see cacheable
-	want    *musterpb.Placement
-	counts  *counts // of the job that spreads, nil for others
+	key        string
+	shape      *shape
+	digests    []string // see cacheable
+	affinities []*musterpb.Affinity
+	counts     *counts // of the one job that spreads widely, nil for others
 
 	seen   uint64 // change of a machine up to which the rest is right
 	used   uint64 // when it was asked last, in the engine's ticks
-	key    string
 	gone   bool   // dropped from its shape
 	at     []rank // by slot
 	owners []branch
@@ -29,10 +33,11 @@ type order struct {
 
 // rank is the score of a machine, best first: smaller is better, word by word.
 type rank struct {
-	score
-	fixed uint64 // of the machine, that the lasting part is as of
-	pos   int32  // in its owner's heap, -1 while it is not there
-	known bool
+	score   // while it is in its owner's heap
+	lasting score
+	fixed   uint64 // of the machine, that lasting is as of
+	pos     int32  // in its owner's heap, -1 while it is not there
+	known   bool
 }
 
 // score orders machines.
@@ -81,8 +86,16 @@ const (
 	missingShift = 58
 )
 
-func newOrder(e *Engine, s *shape, key string, job *musterpb.Job, digests []string, counts *counts) *order {
-	return &order{key: key, shape: s, digests: digests, want: job.Spec.Placement, counts: counts, e: e}
+const (
+	// maxScanned is up to how many machines that are ready are looked at one by one.
+	maxScanned = 16
+	// maxNarrow is up to how many workers with attempts of a job that spreads are
+	// told apart by looking at them, in an order that other jobs share.
+	maxNarrow = 16
+)
+
+func newOrder(e *Engine, s *shape, key string, job *queuedJob, counts *counts) *order {
+	return &order{key: key, shape: s, digests: job.digests, affinities: job.Spec.Placement.GetAffinities(), counts: counts, e: e}
 }
 
 // drop takes an order out of its shape; it is made anew when it is needed.
@@ -90,6 +103,16 @@ func (o *order) drop() {
 	if !o.gone {
 		o.gone = true
 		delete(o.shape.orders, o.key)
+	}
+}
+
+// grow makes room for all machines and owners.
+func (o *order) grow() {
+	if e := o.e; len(o.at) < len(e.machines) {
+		o.at = append(o.at, make([]rank, len(e.machines)-len(o.at))...)
+	}
+	if n := len(o.e.names.ownerOf); len(o.owners) < n {
+		o.owners = append(o.owners, make([]branch, n-len(o.owners))...)
 	}
 }
 
@@ -101,12 +124,7 @@ func (o *order) catchUp() {
 	if o.seen == e.seq {
 		return
 	}
-	if len(o.at) < len(e.machines) {
-		o.at = append(o.at, make([]rank, len(e.machines)-len(o.at))...)
-	}
-	if len(o.owners) < len(e.names.ownerOf) {
-		o.owners = append(o.owners, make([]branch, len(e.names.ownerOf)-len(o.owners))...)
-	}
+	o.grow()
 	for m := e.newest; m != nil && m.seq > o.seen; m = m.older {
 		o.update(m)
 	}
@@ -119,48 +137,61 @@ func (o *order) update(m *machine) {
 	if !at.known {
 		at.known, at.pos = true, -1
 	}
-	if o.counts != nil && o.want.Spread == musterpb.Spread_SPREAD_OWNER {
+	if o.counts != nil && o.counts.by == musterpb.Spread_SPREAD_OWNER {
 		o.recount(m.owner)
 	}
 	if o.shape.at[m.slot].state != ready {
 		o.out(m)
 		return
 	}
+	if at.score = o.scoreOf(m); o.counts != nil && o.counts.by == musterpb.Spread_SPREAD_WORKER {
+		at.score.spread(o.counts.byWorker[m.Id])
+	}
+	o.in(m)
+}
+
+// scoreOf is the score of a machine that is ready, without attempts of a job
+// that spreads.
+func (o *order) scoreOf(m *machine) score {
+	at := &o.at[m.slot]
 	if at.fixed != m.fixed {
 		at.fixed = m.fixed
-		at.prefer = uint64(maxAffinity-o.affinity(m))<<affinityShift | uint64(unsure(m.Worker))<<unsureShift
-		at.price = uint64(max(m.PriceMicroUsdPerHour, 0))
-		at.spare = uint64(missing(o.digests, m.Worker)) << missingShift
+		at.lasting = score{
+			prefer: uint64(maxAffinity-o.affinity(m))<<affinityShift | uint64(unsure(m.Worker))<<unsureShift,
+			price:  uint64(max(m.PriceMicroUsdPerHour, 0)),
+			spare:  uint64(missing(o.digests, m.Worker)) << missingShift,
+		}
 	}
-	at.prefer &^= 1<<aloneShift | maxSpread<<spreadShift
+	s := at.lasting
 	if o.shape.alone(m.slot) {
-		at.prefer |= 1 << aloneShift
-	}
-	if o.counts != nil && o.want.Spread == musterpb.Spread_SPREAD_WORKER {
-		at.prefer |= min(uint64(o.counts.byWorker[m.Id]), maxSpread) << spreadShift
+		s.prefer |= 1 << aloneShift
 	}
 	// Best fit: the machine that this leaves fullest. GPUs are what is scarce.
 	spare := m.FreeMilliCPUs
 	if n := o.shape.gpus(); n > 0 {
 		spare = int64(m.idle - n)
 	}
-	at.spare = at.spare&^(1<<missingShift-1) | uint64(min(max(spare, 0), 1<<missingShift-1))
-	o.in(m)
+	s.spare |= uint64(min(max(spare, 0), 1<<missingShift-1))
+	return s
 }
 
-// affinity is the sum of the weights that fit a machine, and the devices that
-// an attempt would get there when it is empty.
+// spread adds the attempts that a job has there already.
+func (s *score) spread(attempts int64) {
+	s.prefer += uint64(min(attempts, maxSpread)) << spreadShift
+}
+
+// affinity is the sum of the weights that fit a machine.
 func (o *order) affinity(m *machine) (sum int64) {
-	for _, a := range o.want.GetAffinities() {
+	for _, a := range o.affinities {
 		var fits bool
 		switch a.Attribute {
-		case "owner":
+		case jobspec.AttributeOwner:
 			fits = a.Value == m.Owner
-		case "worker":
+		case jobspec.AttributeWorker:
 			fits = a.Value == m.Id || a.Value == m.Name
-		case "platform":
+		case jobspec.AttributePlatform:
 			fits = samePlatform(a.Value, m.Capacity.GetPlatform())
-		case "gpu":
+		case jobspec.AttributeGPU:
 			fits = slices.ContainsFunc(m.devices, func(d device) bool { return o.shape.takes(d.kind) && isModel(d.kind.model, a.Value) })
 		}
 		if fits {
@@ -184,7 +215,7 @@ func (o *order) lift(owner int32) {
 	b := &o.owners[owner]
 	slot := b.machines[0]
 	p := peak{score: o.at[slot].score, rank: o.e.machines[slot].rank, owner: owner, slot: slot}
-	p.prefer += uint64(b.count) << spreadShift
+	p.spread(int64(b.count))
 	if at := &o.top[b.pos]; *at != p {
 		*at = p
 		o.fixTop(b.pos)
@@ -252,6 +283,81 @@ func (o *order) best(avoid []string) *machine {
 		at = max(o.pass(avoid, 0, none), 0)
 	}
 	return o.e.machines[o.top[at].slot]
+}
+
+// scan is best, by looking at all that are ready.
+func (o *order) scan(c *counts, avoid []string) *machine {
+	o.used = o.e.tick
+	o.grow()
+	var best *machine
+	var bestScore score
+	bestAvoided := false
+	for _, slot := range o.shape.ready {
+		m := o.e.machines[slot]
+		s, avoided := o.scoreOf(m), slices.Contains(avoid, m.Owner)
+		if c != nil {
+			s.spread(c.of(m))
+		}
+		switch {
+		case best == nil, bestAvoided && !avoided:
+		case avoided && !bestAvoided, bestScore.less(&s):
+			continue
+		case s == bestScore && o.e.before(best, m):
+			continue
+		}
+		best, bestScore, bestAvoided = m, s, avoided
+	}
+	return best
+}
+
+// bestSpread is best for a job that spreads and has attempts in few places: the
+// best of those places, or the best elsewhere.
+func (o *order) bestSpread(c *counts) *machine {
+	var best *machine
+	var bestScore score
+	try := func(slot int32) {
+		m := o.e.machines[slot]
+		s := o.at[slot].score
+		if s.spread(c.of(m)); best == nil || s.less(&bestScore) || (s == bestScore && o.e.before(m, best)) {
+			best, bestScore = m, s
+		}
+	}
+	there := make([]string, 0, maxNarrow)
+	for name := range c.byOwner { // the best is the same in any order
+		there = append(there, name)
+		owner, ok := o.e.names.owners[name]
+		if !ok || len(o.owners[owner].machines) == 0 {
+			continue
+		}
+		if c.by == musterpb.Spread_SPREAD_OWNER {
+			try(o.owners[owner].machines[0])
+		} else if slot := o.elsewhere(c, o.owners[owner].machines, 0, noSlot); slot != noSlot {
+			try(slot)
+		}
+	}
+	if c.by == musterpb.Spread_SPREAD_WORKER {
+		for id := range c.byWorker {
+			if m := o.e.byID[id]; m != nil && o.at[m.slot].known && o.at[m.slot].pos >= 0 {
+				try(m.slot)
+			}
+		}
+	}
+	if at := o.pass(there, 0, none); at != none {
+		try(o.top[at].slot)
+	}
+	return best
+}
+
+// elsewhere is the best machine of a heap, from a place downwards, that has no
+// attempts and is better than another.
+func (o *order) elsewhere(c *counts, heap []int32, at int, best int32) int32 {
+	if at >= len(heap) || (best != noSlot && !o.machineLess(heap[at], best)) {
+		return best
+	}
+	if c.byWorker[o.e.machines[heap[at]].Id] == 0 {
+		return heap[at]
+	}
+	return o.elsewhere(c, heap, 2*at+2, o.elsewhere(c, heap, 2*at+1, best))
 }
 
 const (

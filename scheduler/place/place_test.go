@@ -300,7 +300,7 @@ func TestPlan(t *testing.T) {
 		"owners who tried a check come last": {
 			[]*Worker{worker("b", gpu(0, 24*gb, "Ada")), worker("c", gpu(0, 24*gb, "Ada")), worker("d", gpu(0, 24*gb, "Ada"))},
 			[]state.Work{{Job: oneGPU("j1"), Checks: []state.WantedRun{with2(wanted("chk", "Ada/570", 3, a), "owner of b", "owner of d")}}},
-			"chk→c(gpu-0) chk→d(gpu-0) chk→b(gpu-0)",
+			"chk→c(gpu-0) chk→b(gpu-0) chk→d(gpu-0)",
 		},
 		"nothing that nobody pays": {
 			[]*Worker{worker("b", gpu(0, 24*gb, "Ada"))},

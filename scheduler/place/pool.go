@@ -2,10 +2,11 @@ package place
 
 import (
 	"cmp"
+	"crypto/aes"
+	"crypto/cipher"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/binary"
-	"hash"
 	"slices"
 
 	"github.com/musternet/muster/api/musterpb"
@@ -191,8 +192,8 @@ func (p *pool) candidates(e *Engine, run *state.WantedRun, tried bool) int {
 // that are busy then has better chances than others; that is rare, and the
 // leader can't choose who it is.
 const (
-	ownerDraws  = 64
-	workerDraws = 16
+	ownerDraws  = 1024
+	workerDraws = 256
 )
 
 // draw is the machine that runs a check; there is a candidate. Owners who
@@ -200,43 +201,56 @@ const (
 func (p *pool) draw(e *Engine, run *state.WantedRun, seed []byte) *machine {
 	withTried := len(run.Tried) > 0 && p.candidates(e, run, false) == 0
 	lots := newLottery(seed, run.Check.Id)
-	owner := lots.first("owner", len(p.sorted), ownerDraws, func(i int) bool {
+	owner := lots.first(drawOwner, len(p.sorted), ownerDraws, func(i int) bool {
 		o := p.sorted[i]
 		return p.owners[o].ready > 0 && p.freeOf(e, o, run) > 0 && (withTried || !slices.Contains(run.Tried, e.names.ownerOf[o]))
 	})
 	machines := p.owners[p.sorted[owner]].machines
-	which := lots.first("worker of "+e.names.ownerOf[p.sorted[owner]], len(machines), workerDraws, func(i int) bool {
+	which := lots.first(drawWorker, len(machines), workerDraws, func(i int) bool {
 		m := e.machines[machines[i]]
 		return p.at[m.slot] == ready && !slices.ContainsFunc(run.Parties, sameWorker(m.Id))
 	})
 	return e.machines[machines[which]]
 }
 
-// lottery is a stream of numbers that follows from a seed and a check.
-type lottery struct {
-	mac   hash.Hash
-	check string
-}
+// lottery draws for a check. Its numbers are key streams of AES-256-CTR, one
+// for owners and one for workers, under a key that follows from seed and check.
+type lottery struct{ cipher.Block }
 
-func newLottery(seed []byte, check string) *lottery {
-	return &lottery{mac: hmac.New(sha256.New, seed), check: check}
+// What is drawn, the first bytes of the stream's counter.
+const (
+	drawOwner  = 1
+	drawWorker = 2
+)
+
+func newLottery(seed []byte, check string) lottery {
+	mac := hmac.New(sha256.New, seed)
+	mac.Write([]byte("muster checker v2\n" + check))
+	block, err := aes.NewCipher(mac.Sum(nil))
+	if err != nil {
+		panic("place: 32 bytes are no AES key")
+	}
+	return lottery{block}
 }
 
 // first draws numbers below n until one will do, and at last tries those behind
 // the last draw. One of them has to.
-func (l *lottery) first(what string, n, draws int, ok func(int) bool) int {
+func (l lottery) first(what uint64, n, draws int, ok func(int) bool) int {
 	if n == 1 {
 		return 0
 	}
-	var block []byte
+	var counter [aes.BlockSize]byte
+	binary.BigEndian.PutUint64(counter[:], what)
+	stream := cipher.NewCTR(l.Block, counter[:])
+	var numbers [128]byte
 	at := 0
 	for i := range draws {
-		const perBlock = sha256.Size / 8
-		if i%perBlock == 0 {
-			block = l.block(what, uint64(i/perBlock), block[:0])
+		next := numbers[i*8%len(numbers):]
+		if len(next) == len(numbers) {
+			clear(next)
+			stream.XORKeyStream(next, next)
 		}
-		at = int(binary.BigEndian.Uint64(block[i%perBlock*8:]) % uint64(n))
-		if ok(at) {
+		if at = int(binary.BigEndian.Uint64(next) % uint64(n)); ok(at) {
 			return at
 		}
 	}
@@ -244,15 +258,6 @@ func (l *lottery) first(what string, n, draws int, ok func(int) bool) int {
 		at = (at + 1) % n
 	}
 	return at
-}
-
-func (l *lottery) block(what string, i uint64, buf []byte) []byte {
-	l.mac.Reset()
-	buf = append(buf, "muster checker v2\n"...)
-	buf = append(append(buf, l.check...), '\n')
-	buf = append(append(buf, what...), '\n')
-	l.mac.Write(binary.BigEndian.AppendUint64(buf, i))
-	return l.mac.Sum(buf[:0])
 }
 
 func sameWorker(id string) func(*musterpb.Attempt) bool {

@@ -16,7 +16,7 @@ type queuedJob struct {
 	shape    *shape
 	digests  []string
 	orderKey string
-	order    *order // as it was used last; may be gone by now
+	order    *order // of this job alone, where it has many attempts; may be gone by now
 	counts   *counts
 
 	requeued  []*musterpb.Task // next first
@@ -269,6 +269,11 @@ func (e *Engine) reopen() {
 // review lets the lanes go on that could, and keeps those listed for which
 // there is more to wait for.
 func (g *gate) review(e *Engine) {
+	if p := g.pool; p != nil && p.built {
+		if e.catchUp(g.shape); !p.opened {
+			return // nobody could go on
+		}
+	}
 	g.lanes = slices.DeleteFunc(g.lanes, func(l *lane) bool {
 		l.listed = !l.idle()
 		return !l.listed
@@ -308,14 +313,23 @@ func (g *gate) review(e *Engine) {
 // those of each owner: those that the engine was told of, and those that it
 // has decided since it was told.
 type counts struct {
+	by       musterpb.Spread
 	byWorker map[string]int64
 	byOwner  map[string]int64
 	live     map[string]spot // by attempt
 	decided  []spot
-	order    *order // as it was used last; may be gone by now
+	order    *order // of this job alone, where it has many attempts; may be gone by now
 }
 
 type spot struct{ worker, owner string }
+
+// of is how many count for a machine.
+func (c *counts) of(m *machine) int64 {
+	if c.by == musterpb.Spread_SPREAD_OWNER {
+		return c.byOwner[m.Owner]
+	}
+	return c.byWorker[m.Id]
+}
 
 func (c *counts) add(s spot, n int64) {
 	for _, x := range []struct {

@@ -22,6 +22,7 @@ type shape struct {
 	used     uint64   // when it was asked last, in the engine's ticks
 	suits    []int8   // by kind of device: 0 is not known yet, 1 yes, -1 no
 	at       []member // by slot
+	ready    []int32  // slots of the machines that are ready, in no order
 	owners   []tally  // by owner
 	total    tally
 	checkers map[int32]*checkable // by hardware class
@@ -34,6 +35,7 @@ type shape struct {
 type member struct {
 	fixed uint64 // of the machine, that the rest is as of
 	home  int32  // hardware class that its results would have, noClass where it does not suit
+	pos   int32  // among those that are ready
 	state int8
 }
 
@@ -79,7 +81,7 @@ func newShape(key string, spec *musterpb.JobSpec) *shape {
 
 // forget drops what can be found out again.
 func (s *shape) forget() {
-	s.seen, s.suits, s.at, s.owners, s.total = 0, nil, nil, nil, tally{}
+	s.seen, s.suits, s.at, s.ready, s.owners, s.total = 0, nil, nil, nil, nil, tally{}
 	for _, o := range s.orders {
 		o.gone = true
 	}
@@ -200,7 +202,7 @@ func (s *shape) update(e *Engine, m *machine) {
 			state = ready
 		}
 	}
-	s.count(at, m.owner, state)
+	s.count(m, at, state)
 	s.updatePools(e, m, fixed)
 }
 
@@ -278,19 +280,33 @@ func (s *shape) touchClass(e *Engine, class int32) {
 	}
 }
 
-func (s *shape) count(at *member, owner int32, state int8) {
+// count notes the state of a machine.
+func (s *shape) count(m *machine, at *member, state int8) {
+	if at.state == state {
+		return
+	}
+	owner := &s.owners[m.owner]
 	change := func(state int8, n int32) {
 		if state != unfit {
-			s.total.suit, s.owners[owner].suit = s.total.suit+n, s.owners[owner].suit+n
+			s.total.suit, owner.suit = s.total.suit+n, owner.suit+n
 		}
 		if state == ready {
-			s.total.ready, s.owners[owner].ready = s.total.ready+n, s.owners[owner].ready+n
+			s.total.ready, owner.ready = s.total.ready+n, owner.ready+n
 		}
 	}
-	if at.state != state {
-		change(at.state, -1)
-		change(state, 1)
-		at.state = state
+	change(at.state, -1)
+	change(state, 1)
+	if at.state == ready {
+		last := s.ready[len(s.ready)-1]
+		s.ready = s.ready[:len(s.ready)-1]
+		s.at[last].pos = at.pos
+		if last != m.slot {
+			s.ready[at.pos] = last
+		}
+	}
+	if at.state = state; state == ready {
+		at.pos = int32(len(s.ready))
+		s.ready = append(s.ready, m.slot)
 	}
 }
 
@@ -299,7 +315,7 @@ func (s *shape) remove(e *Engine, m *machine) {
 	if int(m.slot) < len(s.at) && s.at[m.slot].fixed > 0 {
 		at := &s.at[m.slot]
 		s.settle(e, m, at, noClass, false)
-		s.count(at, m.owner, unfit)
+		s.count(m, at, unfit)
 		*at = member{}
 	}
 	for _, o := range s.orders {
@@ -328,20 +344,15 @@ func (s *shape) otherOwnerIsBusy(n *names, owners []string) bool {
 }
 
 // orderKey is equal for specifications of one shape that prefer the same
-// machines. Jobs that spread have an order each, since each counts its own
-// attempts.
+// machines, however they spread.
 func orderKey(job *musterpb.Job, digests []string) string {
-	p := job.Spec.Placement
 	var b strings.Builder
 	for _, d := range digests {
 		b.WriteString(d)
 		b.WriteByte(' ')
 	}
-	for _, a := range p.GetAffinities() {
+	for _, a := range job.Spec.Placement.GetAffinities() {
 		fmt.Fprintf(&b, "%q %q %d ", a.Attribute, a.Value, a.Weight)
-	}
-	if p.GetSpread() != musterpb.Spread_SPREAD_NONE {
-		fmt.Fprintf(&b, "%d %s", p.Spread, job.Id)
 	}
 	return b.String()
 }

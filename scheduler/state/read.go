@@ -82,6 +82,18 @@ func (s *State) Workers() []*musterpb.Worker {
 	return list
 }
 
+// AnyWorker reports whether a worker satisfies f, which is called until one does.
+func (s *State) AnyWorker(f func(*musterpb.Worker) bool) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for w := range s.workers.Values() {
+		if f(w) {
+			return true
+		}
+	}
+	return false
+}
+
 // Records are the track records of an owner.
 func (s *State) Records(owner string) []*musterpb.Record {
 	s.mu.RLock()
