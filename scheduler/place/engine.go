@@ -427,8 +427,10 @@ func (e *Engine) dropCounts(job string) {
 // spread counts an attempt of a job that spreads.
 func (e *Engine) spread(c *counts, at spot, n int64) {
 	c.add(at, n)
-	if m := e.byID[at.worker]; m != nil {
-		e.touch(m)
+	if c.recount(at.owner); c.by == musterpb.Spread_SPREAD_WORKER {
+		if m := e.byID[at.worker]; m != nil {
+			e.touch(m)
+		}
 	}
 }
 
@@ -533,6 +535,7 @@ func (e *Engine) placeTask(j *queuedJob, task uint32, avoid []string) Placement 
 		at := spot{m.Id, m.Owner}
 		c.decided = append(c.decided, at)
 		c.add(at, 1)
+		c.recount(m.Owner)
 	}
 	if !j.hasTasks() {
 		e.dequeue(j.tasks)
@@ -543,20 +546,27 @@ func (e *Engine) placeTask(j *queuedJob, task uint32, avoid []string) Placement 
 // bestFor is the best machine for a task; there is one that is ready.
 func (e *Engine) bestFor(j *queuedJob, avoid []string) *machine {
 	j.order = e.orderOf(j.shape, j.order, j.orderKey, j, nil)
-	c := j.counts
+	o, c := j.order, j.counts
 	switch {
-	case len(j.shape.ready) <= e.scanned:
-		return j.order.scan(c, avoid)
 	case c == nil:
-		j.order.catchUp()
-		return j.order.best(avoid)
+		if o.scans() {
+			return o.scan(nil, avoid)
+		}
+	case len(j.shape.ready) <= e.scanned:
+		return o.scan(c, avoid)
 	case len(c.byWorker) <= e.narrow && len(avoid) == 0:
-		j.order.catchUp()
-		return j.order.bestSpread(c)
+		o.catchUp()
+		return o.bestSpread(c)
+	default:
+		if c.order == nil || c.order.gone {
+			c.order = e.orderOf(j.shape, nil, j.orderKey+"of "+j.Id, j, c)
+		}
+		if o = c.order; o.scans() {
+			return o.scan(c, avoid)
+		}
 	}
-	c.order = e.orderOf(j.shape, c.order, j.orderKey+"of "+j.Id, j, c)
-	c.order.catchUp()
-	return c.order.best(avoid)
+	o.catchUp()
+	return o.best(avoid)
 }
 
 // orderOf is an order as it was used last, unless that is gone.

@@ -23,6 +23,7 @@ type order struct {
 	counts     *counts // of the one job that spreads widely, nil for others
 
 	seen   uint64 // change of a machine up to which the rest is right
+	debt   uint64 // machines that were looked at one by one since
 	used   uint64 // when it was asked last, in the engine's ticks
 	gone   bool   // dropped from its shape
 	at     []rank // by slot
@@ -128,7 +129,22 @@ func (o *order) catchUp() {
 	for m := e.newest; m != nil && m.seq > o.seen; m = m.older {
 		o.update(m)
 	}
-	o.seen = e.seq
+	o.seen, o.debt = e.seq, 0
+}
+
+// scans reports whether it is cheaper to look at all machines that are ready
+// than to take up all that changed. What was spent on the former counts, so
+// that together they cost no more than twice the better choice.
+func (o *order) scans() bool {
+	n := uint64(len(o.shape.ready))
+	if n <= uint64(o.e.scanned) {
+		return true
+	}
+	if o.debt+n > o.e.seq-o.seen {
+		return false
+	}
+	o.debt += n
+	return true
 }
 
 func (o *order) update(m *machine) {
@@ -136,9 +152,6 @@ func (o *order) update(m *machine) {
 	at := &o.at[m.slot]
 	if !at.known {
 		at.known, at.pos = true, -1
-	}
-	if o.counts != nil && o.counts.by == musterpb.Spread_SPREAD_OWNER {
-		o.recount(m.owner)
 	}
 	if o.shape.at[m.slot].state != ready {
 		o.out(m)
@@ -201,13 +214,24 @@ func (o *order) affinity(m *machine) (sum int64) {
 	return min(max(sum, -maxAffinity+1), maxAffinity-1)
 }
 
-func (o *order) recount(owner int32) {
-	b := &o.owners[owner]
-	if n := uint32(min(o.counts.byOwner[o.e.names.ownerOf[owner]], maxSpread)); n != b.count {
-		if b.count = n; len(b.machines) > 0 {
-			o.lift(owner)
-		}
+// recount takes up that the job has more or fewer attempts with an owner.
+func (o *order) recount(name string) {
+	owner, ok := o.e.names.owners[name]
+	if !ok || int(owner) >= len(o.owners) {
+		return
 	}
+	if b := &o.owners[owner]; len(b.machines) > 0 {
+		b.count = o.countOf(name)
+		o.lift(owner)
+	}
+}
+
+// countOf is how many attempts of a job that spreads over owners count for one.
+func (o *order) countOf(owner string) uint32 {
+	if o.counts == nil || o.counts.by != musterpb.Spread_SPREAD_OWNER {
+		return 0
+	}
+	return uint32(min(o.counts.byOwner[owner], maxSpread))
 }
 
 // lift puts an owner where its best machine says.
@@ -226,7 +250,7 @@ func (o *order) lift(owner int32) {
 func (o *order) in(m *machine) {
 	b, at := &o.owners[m.owner], &o.at[m.slot]
 	if len(b.machines) == 0 {
-		b.pos = int32(len(o.top))
+		b.pos, b.count = int32(len(o.top)), o.countOf(m.Owner)
 		o.top = append(o.top, peak{owner: m.owner, slot: noSlot})
 	}
 	if at.pos < 0 {

@@ -331,6 +331,13 @@ func (c *counts) of(m *machine) int64 {
 	return c.byWorker[m.Id]
 }
 
+// recount tells the order that counts too.
+func (c *counts) recount(owner string) {
+	if c.order != nil && !c.order.gone && c.by == musterpb.Spread_SPREAD_OWNER {
+		c.order.recount(owner)
+	}
+}
+
 func (c *counts) add(s spot, n int64) {
 	for _, x := range []struct {
 		m    map[string]int64
