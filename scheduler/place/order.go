@@ -62,7 +62,6 @@ func (s *score) less(o *score) bool {
 type branch struct {
 	machines []int32 // heap of slots
 	pos      int32   // in the heap of owners; only while there are machines
-	count    uint32  // attempts of the job that spreads over owners
 }
 
 // peak is an owner's best machine, beside those of others: what is compared
@@ -158,7 +157,7 @@ func (o *order) update(m *machine) {
 		return
 	}
 	if at.score = o.scoreOf(m); o.counts != nil && o.counts.by == musterpb.Spread_SPREAD_WORKER {
-		at.score.spread(o.counts.byWorker[m.Id])
+		at.score.spread(o.counts.of(m))
 	}
 	o.in(m)
 }
@@ -215,23 +214,10 @@ func (o *order) affinity(m *machine) (sum int64) {
 }
 
 // recount takes up that the job has more or fewer attempts with an owner.
-func (o *order) recount(name string) {
-	owner, ok := o.e.names.owners[name]
-	if !ok || int(owner) >= len(o.owners) {
-		return
-	}
-	if b := &o.owners[owner]; len(b.machines) > 0 {
-		b.count = o.countOf(name)
+func (o *order) recount(owner int32) {
+	if int(owner) < len(o.owners) && len(o.owners[owner].machines) > 0 {
 		o.lift(owner)
 	}
-}
-
-// countOf is how many attempts of a job that spreads over owners count for one.
-func (o *order) countOf(owner string) uint32 {
-	if o.counts == nil || o.counts.by != musterpb.Spread_SPREAD_OWNER {
-		return 0
-	}
-	return uint32(min(o.counts.byOwner[owner], maxSpread))
 }
 
 // lift puts an owner where its best machine says.
@@ -239,7 +225,9 @@ func (o *order) lift(owner int32) {
 	b := &o.owners[owner]
 	slot := b.machines[0]
 	p := peak{score: o.at[slot].score, rank: o.e.machines[slot].rank, owner: owner, slot: slot}
-	p.spread(int64(b.count))
+	if o.counts != nil && o.counts.by == musterpb.Spread_SPREAD_OWNER {
+		p.spread(o.counts.of(o.e.machines[slot]))
+	}
 	if at := &o.top[b.pos]; *at != p {
 		*at = p
 		o.fixTop(b.pos)
@@ -250,7 +238,7 @@ func (o *order) lift(owner int32) {
 func (o *order) in(m *machine) {
 	b, at := &o.owners[m.owner], &o.at[m.slot]
 	if len(b.machines) == 0 {
-		b.pos, b.count = int32(len(o.top)), o.countOf(m.Owner)
+		b.pos = int32(len(o.top))
 		o.top = append(o.top, peak{owner: m.owner, slot: noSlot})
 	}
 	if at.pos < 0 {
@@ -378,7 +366,7 @@ func (o *order) elsewhere(c *counts, heap []int32, at int, best int32) int32 {
 	if at >= len(heap) || (best != noSlot && !o.machineLess(heap[at], best)) {
 		return best
 	}
-	if c.byWorker[o.e.machines[heap[at]].Id] == 0 {
+	if c.of(o.e.machines[heap[at]]) == 0 {
 		return heap[at]
 	}
 	return o.elsewhere(c, heap, 2*at+2, o.elsewhere(c, heap, 2*at+1, best))
