@@ -36,9 +36,9 @@ var floors = [][]string{
 // onlyImporters are the packages that alone may use a library, so that it can
 // be replaced, or mended, in one place.
 var onlyImporters = map[string][]string{
-	"github.com/NVIDIA/go-nvml":       {"gpu/nvml"},         // a broken driver must not reach anybody else
-	"github.com/docker/docker":        {"container/docker"}, // the hardened profile is in one place
-	"github.com/tetratelabs/wazero":   {"container/wasm"},   // so is the sandbox
+	"github.com/NVIDIA/go-nvml":       {"gpu/nvml"},                                // a broken driver must not reach anybody else
+	"github.com/docker/docker":        {"container/docker"},                        // the hardened profile is in one place
+	"github.com/tetratelabs/wazero":   {"container/wasm"},                          // so is the sandbox
 	"github.com/hashicorp/raft":       {"scheduler/replica", "bench/load/rawraft"}, // the latter measures it bare
 	"github.com/hashicorp/raft-wal":   {"scheduler/replica", "bench/load/rawraft"},
 	"github.com/hashicorp/memberlist": {"scheduler/members"},

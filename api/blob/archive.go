@@ -33,7 +33,8 @@ var zeroTime = time.Unix(0, 0).UTC()
 
 // PutDir stores a directory as one blob, the same for the same content: a
 // zstd-compressed tar with sorted names, no times or owners, and the modes 0644
-// and 0755. Anything but files and directories is refused.
+// and 0755. Files that do not compress, such as images and videos, are in it as
+// they are. Anything but files and directories is refused.
 func PutDir(ctx context.Context, store Store, dir string) (api.Digest, int64, error) {
 	f, err := os.CreateTemp("", "muster-dir-*")
 	if err != nil {
@@ -54,8 +55,7 @@ func WriteDir(ctx context.Context, w io.Writer, dir string) error {
 		return fileError(dir, err)
 	}
 	defer root.Close()
-	// One thread and one level: the bytes depend on nothing but the content.
-	z, err := zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithWindowSize(maxWindow))
+	z, err := newPacker(w)
 	if err != nil {
 		return api.Errorf(api.Internal, "zstd: %w", err)
 	}
@@ -67,15 +67,13 @@ func WriteDir(ctx context.Context, w io.Writer, dir string) error {
 		if name == "." {
 			return ctx.Err()
 		}
-		return addToArchive(ctx, t, root, name, entry)
+		return addToArchive(ctx, t, z, root, name, entry)
 	})
 	if err == nil {
 		err = t.Close()
 	}
-	if err == nil {
-		err = z.Close()
-	} else {
-		z.Close()
+	if closeErr := z.Close(); err == nil {
+		err = closeErr
 	}
 	return archiveError(dir, err)
 }
@@ -91,7 +89,7 @@ func archiveError(dir string, err error) error {
 	return diskError(dir, err)
 }
 
-func addToArchive(ctx context.Context, t *tar.Writer, root *os.Root, name string, entry fs.DirEntry) error {
+func addToArchive(ctx context.Context, t *tar.Writer, z *packer, root *os.Root, name string, entry fs.DirEntry) error {
 	full := filepath.Join(root.Name(), filepath.FromSlash(name))
 	header := &tar.Header{Name: name, Mode: 0o644, ModTime: zeroTime, Typeflag: tar.TypeReg}
 	switch entry.Type() {
@@ -120,6 +118,11 @@ func addToArchive(ctx context.Context, t *tar.Writer, root *os.Root, name string
 	}
 	if err := t.WriteHeader(header); err != nil {
 		return fileError(full, err)
+	}
+	if z.incompressible(f, header.Size) {
+		if err := z.store(header.Size); err != nil {
+			return err
+		}
 	}
 	n, err := io.Copy(t, io.LimitReader(&ctxReader{ctx, f}, header.Size))
 	if err == nil && n < header.Size {

@@ -2,12 +2,17 @@ package blob
 
 import (
 	"context"
+	"encoding/base64"
 	"fmt"
 	"io"
+	"net/http"
 	"net/url"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"gocloud.dev/blob"
 	"gocloud.dev/blob/s3blob"
 	"gocloud.dev/gcerrors"
@@ -23,6 +28,10 @@ const retryDelay = 200 * time.Millisecond
 type Bucket struct {
 	bucket *blob.Bucket
 	delay  time.Duration
+	// signsGets says that readers may be sent to URLs of the object store,
+	// signsPuts that writers may: then the store itself refuses bytes that do not
+	// have the SHA-256 which the URL was signed for.
+	signsGets, signsPuts bool
 }
 
 var _ Store = (*Bucket)(nil)
@@ -37,6 +46,12 @@ func NewBucket(bucket *blob.Bucket) *Bucket { return &Bucket{bucket: bucket, del
 //	s3://bucket?region=eu-west-1   a bucket of S3 or of a compatible service,
 //	                               with endpoint=, use_path_style= and the other
 //	                               parameters of gocloud.dev/blob/s3blob
+//
+// Customers and workers are sent to S3 itself, with URLs that expire. The
+// parameter direct=off keeps it out of their sight; direct=get lets them read
+// only, which is the default for a service with an endpoint= of its own; direct=on
+// lets them write too, and says that the service checks x-amz-checksum-sha256 as
+// Amazon's does. A service that does not must not be named so.
 func OpenURL(ctx context.Context, rawURL string) (Store, func() error, error) {
 	nothing := func() error { return nil }
 	u, err := url.Parse(rawURL)
@@ -53,14 +68,112 @@ func OpenURL(ctx context.Context, rawURL string) (Store, func() error, error) {
 	case "mem":
 		return &Memory{}, nothing, nil
 	case s3blob.Scheme:
+		gets, puts, err := direct(u)
+		if err != nil {
+			return nil, nil, api.Errorf(api.Invalid, "blob store %q: %w", rawURL, err)
+		}
 		bucket, err := new(s3blob.URLOpener).OpenBucketURL(ctx, u)
 		if err != nil {
 			return nil, nil, api.Errorf(api.Invalid, "blob store %q: %w", rawURL, err)
 		}
-		return NewBucket(bucket), bucket.Close, nil
+		b := NewBucket(bucket)
+		b.signsGets, b.signsPuts = gets, puts
+		return b, bucket.Close, nil
 	}
 	return nil, nil, api.Errorf(api.Invalid, "blob store %q: want file:///…, s3://… or mem://", rawURL)
 }
+
+// direct takes our own parameter out of the URL of a bucket.
+func direct(u *url.URL) (gets, puts bool, err error) {
+	query := u.Query()
+	mode := query.Get("direct")
+	query.Del("direct")
+	u.RawQuery = query.Encode()
+	switch mode {
+	case "":
+		return true, !query.Has("endpoint") && !query.Has("hostname_immutable"), nil
+	case "on":
+		return true, true, nil
+	case "get":
+		return true, false, nil
+	case "off":
+		return false, false, nil
+	}
+	return false, false, fmt.Errorf("direct=%s: want on, get or off", mode)
+}
+
+// signedFor is how long a signed URL works for beginning a transfer.
+const signedFor = 15 * time.Minute
+
+// maxSignedPut is what S3 takes in one request.
+const maxSignedPut = 5 << 30
+
+// ticket is a request that stores or returns a blob without passing through a
+// scheduler.
+type ticket struct {
+	URL    string            `json:"url"`
+	Header map[string]string `json:"header,omitempty"`
+}
+
+// signGet returns a URL of the blob's bytes.
+func (b *Bucket) signGet(ctx context.Context, digest api.Digest) (string, error) {
+	if !b.signsGets {
+		return "", errNotDirect
+	}
+	if _, err := b.Stat(ctx, digest); err != nil {
+		return "", err
+	}
+	signed, err := b.bucket.SignedURL(ctx, b.key(digest), &blob.SignedURLOptions{Method: http.MethodGet, Expiry: signedFor})
+	if gcerrors.Code(err) == gcerrors.Unimplemented {
+		return "", errNotDirect
+	} else if err != nil {
+		return "", b.err(digest, err)
+	}
+	return signed, nil
+}
+
+// signPut returns a request that stores the blob and nothing else under its
+// name: the checksum is signed, so the object store compares it with what comes.
+func (b *Bucket) signPut(ctx context.Context, digest api.Digest, size int64) (ticket, error) {
+	if !b.signsPuts || size > maxSignedPut {
+		return ticket{}, errNotDirect
+	}
+	checksum := base64.StdEncoding.EncodeToString(digest.Sum())
+	set := false
+	signed, err := b.bucket.SignedURL(ctx, b.key(digest), &blob.SignedURLOptions{
+		Method: http.MethodPut, Expiry: signedFor,
+		BeforeSign: func(as func(any) bool) error {
+			var in *s3.PutObjectInput
+			if set = as(&in); set {
+				in.ChecksumSHA256, in.ContentLength = &checksum, &size
+			}
+			return nil
+		},
+	})
+	switch {
+	case gcerrors.Code(err) == gcerrors.Unimplemented:
+		return ticket{}, errNotDirect
+	case err != nil:
+		return ticket{}, b.err(digest, err)
+	case !set || !signsChecksum(signed):
+		return ticket{}, errNotDirect // anything could be put there
+	}
+	return ticket{signed, map[string]string{checksumHeader: checksum}}, nil
+}
+
+const checksumHeader = "X-Amz-Checksum-Sha256"
+
+// signsChecksum reports whether the checksum is among the headers that a URL
+// was signed with, which S3 insists on.
+func signsChecksum(signed string) bool {
+	u, err := url.Parse(signed)
+	if err != nil {
+		return false
+	}
+	return slices.Contains(strings.Split(u.Query().Get("X-Amz-SignedHeaders"), ";"), strings.ToLower(checksumHeader))
+}
+
+var errNotDirect = api.Errorf(api.Unsupported, "blobs of this store pass through the scheduler")
 
 func (b *Bucket) key(digest api.Digest) string {
 	hex := digest.Hex()

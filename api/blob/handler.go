@@ -26,6 +26,13 @@ import (
 //	DELETE /blob/uploads/{id}  gives it up
 //	PUT    /blob/{digest}      with Muster-Upload and no body: stores what came
 //
+// Where the store is a bucket of an object store that can sign URLs, bytes need
+// not pass through here (direct.go):
+//
+//	GET  /blob/{digest}   with Muster-Direct: 307 to the object store
+//	POST /blob/{digest}   with Muster-Upload-Length: 200 with {"url", "header"} of
+//	                      the PUT that stores the blob there
+//
 // An error is {"error": text, "kind": name} under the status of its kind.
 
 // Path is the path under which a blob is served.
@@ -46,6 +53,9 @@ const (
 	uploadOffsetHeader = "Muster-Upload-Offset"
 	uploadLengthHeader = "Muster-Upload-Length"
 )
+
+// directHeader says that the client follows a redirect to the object store.
+const directHeader = "Muster-Direct"
 
 // Caller is whoever a request is from. What one caller may have under way at the
 // same time is bounded; a scheduler, Peer, is not.
@@ -103,12 +113,14 @@ func (h *handler) serve(w http.ResponseWriter, r *http.Request) error {
 	switch r.Method {
 	case http.MethodPut:
 		return h.put(w, r, store, caller, digest)
+	case http.MethodPost:
+		return h.ticket(w, r, store, caller, digest)
 	case http.MethodGet:
 		return h.get(w, r, store, caller, digest)
 	case http.MethodHead:
 		return h.head(w, r, store, digest)
 	}
-	return refuseMethod(w, r, "GET, HEAD, PUT", "GET, HEAD or PUT")
+	return refuseMethod(w, r, "GET, HEAD, POST, PUT", "GET, HEAD, POST or PUT")
 }
 
 func refuseMethod(w http.ResponseWriter, r *http.Request, allow, want string) error {
@@ -152,6 +164,18 @@ func writeStored(w http.ResponseWriter, digest api.Digest, size int64) error {
 }
 
 func (h *handler) get(w http.ResponseWriter, r *http.Request, store Store, caller Caller, digest api.Digest) error {
+	if bucket, ok := store.(*Bucket); ok && r.Header.Get(directHeader) != "" {
+		signed, err := bucket.signGet(r.Context(), digest)
+		if err == nil {
+			w.Header().Set("Cache-Control", "no-store")
+			w.Header().Set("Location", signed)
+			w.WriteHeader(http.StatusTemporaryRedirect)
+			return nil
+		}
+		if api.KindOf(err) != api.Unsupported {
+			return err
+		}
+	}
 	done, err := h.traffic.enter(r.Context(), caller)
 	if err != nil {
 		return err
@@ -166,6 +190,26 @@ func (h *handler) get(w http.ResponseWriter, r *http.Request, store Store, calle
 	paced := &pacedWriter{w, http.NewResponseController(w), h.idle}
 	defer paced.release()
 	http.ServeContent(paced, r, "", time.Time{}, blob)
+	return nil
+}
+
+// ticket answers with where to put a blob.
+func (h *handler) ticket(w http.ResponseWriter, r *http.Request, store Store, caller Caller, digest api.Digest) error {
+	size, err := announced(r.Header.Get(uploadLengthHeader), Caller{ID: caller.ID}, h.limit)
+	if err != nil {
+		return err
+	}
+	bucket, ok := store.(*Bucket)
+	if !ok {
+		return errNotDirect
+	}
+	t, err := bucket.signPut(r.Context(), digest, size)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	json.NewEncoder(w).Encode(t)
 	return nil
 }
 

@@ -21,9 +21,13 @@ import (
 // reached or is unavailable, to the others in turn.
 type HTTP struct {
 	config HTTPConfig
+	client *http.Client
 	last   atomic.Uint32 // position of the address that answered last
 	delay  time.Duration
 	idle   time.Duration // how long a transfer may stand still
+
+	// Until when not to try the object store itself, in Unix nanoseconds.
+	noGets, noPuts atomic.Int64
 }
 
 // HTTPConfig says where the machines are and how to talk to them.
@@ -48,7 +52,10 @@ func NewHTTP(config HTTPConfig) *HTTP {
 	if config.Client == nil {
 		config.Client = http.DefaultClient
 	}
-	return &HTTP{config: config, delay: retryDelay, idle: maxIdle}
+	// A redirect is followed by hand, without what the schedulers alone may see.
+	client := *config.Client
+	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	return &HTTP{config: config, client: &client, delay: retryDelay, idle: maxIdle}
 }
 
 // maxErrorBytes bounds the body of an error answer.
@@ -87,6 +94,14 @@ func (h *HTTP) Put(ctx context.Context, digest api.Digest, r io.Reader, limit in
 		err := h.putInParts(ctx, r.(io.ReadSeeker), start, length, known)
 		if api.KindOf(err) != api.Unsupported {
 			return length, err
+		}
+	}
+	if length >= minDirect {
+		if err := h.putDirect(ctx, digest, r.(io.ReadSeeker), start, length); err == nil {
+			return length, nil
+		}
+		if _, err := r.(io.Seeker).Seek(start, io.SeekStart); err != nil {
+			return 0, api.Errorf(api.Internal, "blob %s: %w", digest, err)
 		}
 	}
 	return h.putWhole(ctx, digest, r, start, length, limit)
@@ -266,6 +281,9 @@ func (h *HTTP) openWatched(ctx context.Context, base string, digest api.Digest, 
 	if err != nil {
 		return nil, err
 	}
+	if h.wantsDirect(&h.noGets) {
+		req.Header.Set(directHeader, "1")
+	}
 	if offset > 0 || length >= 0 {
 		end := ""
 		if length >= 0 {
@@ -276,6 +294,13 @@ func (h *HTTP) openWatched(ctx context.Context, base string, digest api.Digest, 
 	resp, err := h.do(req)
 	if err != nil {
 		return nil, err
+	}
+	if resp.StatusCode == http.StatusTemporaryRedirect {
+		resp.Body.Close()
+		if resp, err = h.follow(req, resp); err != nil {
+			h.notDirect(&h.noGets)
+			return nil, err // Unavailable: the next try goes through the scheduler
+		}
 	}
 	if req.Header.Get("Range") != "" && resp.StatusCode != http.StatusPartialContent {
 		// A proxy that ignores ranges sends everything.
@@ -376,13 +401,17 @@ func (h *HTTP) request(ctx context.Context, method, url string, body io.Reader) 
 // do returns an answer that is a success; whatever else came is an error with
 // the kind that its status stands for.
 func (h *HTTP) do(req *http.Request) (*http.Response, error) {
-	resp, err := h.config.Client.Do(req)
+	resp, err := h.client.Do(req)
 	if err != nil {
 		return nil, api.Errorf(api.Unavailable, "%w", err)
 	}
 	switch resp.StatusCode {
 	case http.StatusOK, http.StatusPartialContent, http.StatusCreated:
 		return resp, nil
+	case http.StatusTemporaryRedirect:
+		if req.Header.Get(directHeader) != "" {
+			return resp, nil
+		}
 	}
 	defer resp.Body.Close()
 	kind := api.KindOfHTTP(resp.StatusCode)

@@ -316,7 +316,7 @@ func TestHandlerStatuses(t *testing.T) {
 		{"PUT", Path(digest), "hello", 200, `{"digest":"` + string(digest) + `","size":5}`},
 		{"GET", Path(digest), "", 200, "hello"},
 		{"HEAD", Path(digest), "", 200, ""},
-		{"DELETE", Path(digest), "", 405, `{"error":"method DELETE: want GET, HEAD or PUT","kind":"invalid"}`},
+		{"DELETE", Path(digest), "", 405, `{"error":"method DELETE: want GET, HEAD, POST or PUT","kind":"invalid"}`},
 	} {
 		w := do(test.method, test.path, test.body)
 		got := strings.TrimSpace(w.Body.String())

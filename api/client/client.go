@@ -45,7 +45,7 @@ type Config struct {
 type Client struct {
 	musterpbconnect.MusterClient
 	config Config
-	blobs  *http.Client
+	blobs  *blob.HTTP
 }
 
 // New makes a client; it does not call the cluster yet.
@@ -57,7 +57,8 @@ func New(cfg Config) (*Client, error) {
 		cfg.Patience = 15 * time.Second
 	}
 	base := NewTransport()
-	c := &Client{config: cfg, blobs: &http.Client{Transport: NewBlobTransport()}}
+	c := &Client{config: cfg}
+	c.blobs = Blobs(&http.Client{Transport: NewBlobTransport()}, cfg.Key, func() []string { return cfg.Addresses })
 	rpc := &http.Client{Transport: &failover{base: base, addresses: cfg.Addresses, patience: cfg.Patience}}
 	c.MusterClient = musterpbconnect.NewMusterClient(rpc, BaseURL(cfg.Addresses[0]), Bearer(cfg.Key), Compression())
 	return c, nil
@@ -116,9 +117,7 @@ func BaseURL(address string) string {
 }
 
 // Blobs is the cluster's blob store.
-func (c *Client) Blobs() *blob.HTTP {
-	return Blobs(c.blobs, c.config.Key, func() []string { return c.config.Addresses })
-}
+func (c *Client) Blobs() *blob.HTTP { return c.blobs }
 
 // Blobs is the blob store behind schedulers' addresses.
 func Blobs(h *http.Client, key string, addresses func() []string) *blob.HTTP {

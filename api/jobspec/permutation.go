@@ -132,7 +132,7 @@ func Tasks(count uint64, chunk uint32) uint32 {
 // [task·chunk, (task+1)·chunk) of the permutation under key. The specification
 // has passed Validate; a task that the job does not have has no items.
 func TaskItems(spec *musterpb.JobSpec, key []byte, task uint32) []uint64 {
-	return OrderOf(spec, key).TaskItems(spec.GetChunk(), task)
+	return OrderOf(spec, key).AppendTaskItems(nil, spec.GetChunk(), task)
 }
 
 // OrderOf is the order of a job's items, for who needs several of its tasks: to
@@ -141,17 +141,18 @@ func OrderOf(spec *musterpb.JobSpec, key []byte) *Permutation {
 	return NewPermutation(key, size(spec.GetItems()))
 }
 
-// TaskItems is the ascending item indexes of a task of so many items.
-func (p *Permutation) TaskItems(chunk, task uint32) []uint64 {
+// AppendTaskItems appends the ascending item indexes of a task of so many items.
+func (p *Permutation) AppendTaskItems(indexes []uint64, chunk, task uint32) []uint64 {
 	first := uint64(task) * uint64(chunk)
 	last := min(first+uint64(chunk), p.n)
 	if first >= last {
-		return nil
+		return indexes
 	}
-	indexes := make([]uint64, 0, last-first)
+	from := len(indexes)
+	indexes = slices.Grow(indexes, int(last-first))
 	for i := first; i < last; i++ {
 		indexes = append(indexes, p.At(i))
 	}
-	slices.Sort(indexes)
+	slices.Sort(indexes[from:])
 	return indexes
 }

@@ -1964,6 +1964,9 @@ type ClusterStatusResponse struct {
 	Randomness        string                 `protobuf:"bytes,10,opt,name=randomness,proto3" json:"randomness,omitempty"` // who draws the samples, in words
 	LedgerSumMicroUsd int64                  `protobuf:"varint,11,opt,name=ledger_sum_micro_usd,json=ledgerSumMicroUsd,proto3" json:"ledger_sum_micro_usd,omitempty"`
 	StateHash         []byte                 `protobuf:"bytes,12,opt,name=state_hash,json=stateHash,proto3" json:"state_hash,omitempty"`
+	Segments          uint32                 `protobuf:"varint,13,opt,name=segments,proto3" json:"segments,omitempty"` // of sealed work
+	SealedBytes       int64                  `protobuf:"varint,14,opt,name=sealed_bytes,json=sealedBytes,proto3" json:"sealed_bytes,omitempty"`
+	SealedJobs        uint64                 `protobuf:"varint,15,opt,name=sealed_jobs,json=sealedJobs,proto3" json:"sealed_jobs,omitempty"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -2080,6 +2083,27 @@ func (x *ClusterStatusResponse) GetStateHash() []byte {
 		return x.StateHash
 	}
 	return nil
+}
+
+func (x *ClusterStatusResponse) GetSegments() uint32 {
+	if x != nil {
+		return x.Segments
+	}
+	return 0
+}
+
+func (x *ClusterStatusResponse) GetSealedBytes() int64 {
+	if x != nil {
+		return x.SealedBytes
+	}
+	return 0
+}
+
+func (x *ClusterStatusResponse) GetSealedJobs() uint64 {
+	if x != nil {
+		return x.SealedJobs
+	}
+	return 0
 }
 
 type NodeStatus struct {
@@ -3566,7 +3590,7 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"\x15ListTransfersResponse\x121\n" +
 	"\ttransfers\x18\x01 \x03(\v2\x13.muster.v1.TransferR\ttransfers\x12\x12\n" +
 	"\x04more\x18\x02 \x01(\bR\x04more\"\x16\n" +
-	"\x14ClusterStatusRequest\"\xa4\x03\n" +
+	"\x14ClusterStatusRequest\"\x84\x04\n" +
 	"\x15ClusterStatusResponse\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x16\n" +
 	"\x06leader\x18\x02 \x01(\tR\x06leader\x12\x12\n" +
@@ -3583,7 +3607,11 @@ const file_muster_v1_service_proto_rawDesc = "" +
 	"randomness\x12/\n" +
 	"\x14ledger_sum_micro_usd\x18\v \x01(\x03R\x11ledgerSumMicroUsd\x12\x1d\n" +
 	"\n" +
-	"state_hash\x18\f \x01(\fR\tstateHash\"\xaf\x01\n" +
+	"state_hash\x18\f \x01(\fR\tstateHash\x12\x1a\n" +
+	"\bsegments\x18\r \x01(\rR\bsegments\x12!\n" +
+	"\fsealed_bytes\x18\x0e \x01(\x03R\vsealedBytes\x12\x1f\n" +
+	"\vsealed_jobs\x18\x0f \x01(\x04R\n" +
+	"sealedJobs\"\xaf\x01\n" +
 	"\n" +
 	"NodeStatus\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1f\n" +

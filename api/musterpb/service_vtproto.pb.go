@@ -751,6 +751,9 @@ func (m *ClusterStatusResponse) CloneVT() *ClusterStatusResponse {
 	r.Epoch = m.Epoch
 	r.Randomness = m.Randomness
 	r.LedgerSumMicroUsd = m.LedgerSumMicroUsd
+	r.Segments = m.Segments
+	r.SealedBytes = m.SealedBytes
+	r.SealedJobs = m.SealedJobs
 	if rhs := m.Nodes; rhs != nil {
 		tmpContainer := make([]*NodeStatus, len(rhs))
 		for k, v := range rhs {
@@ -2359,6 +2362,15 @@ func (this *ClusterStatusResponse) EqualVT(that *ClusterStatusResponse) bool {
 		return false
 	}
 	if string(this.StateHash) != string(that.StateHash) {
+		return false
+	}
+	if this.Segments != that.Segments {
+		return false
+	}
+	if this.SealedBytes != that.SealedBytes {
+		return false
+	}
+	if this.SealedJobs != that.SealedJobs {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -5050,6 +5062,21 @@ func (m *ClusterStatusResponse) MarshalToSizedBufferVT(dAtA []byte) (int, error)
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.SealedJobs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.SealedJobs))
+		i--
+		dAtA[i] = 0x78
+	}
+	if m.SealedBytes != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.SealedBytes))
+		i--
+		dAtA[i] = 0x70
+	}
+	if m.Segments != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.Segments))
+		i--
+		dAtA[i] = 0x68
+	}
 	if len(m.StateHash) > 0 {
 		i -= len(m.StateHash)
 		copy(dAtA[i:], m.StateHash)
@@ -7205,6 +7232,15 @@ func (m *ClusterStatusResponse) SizeVT() (n int) {
 	l = len(m.StateHash)
 	if l > 0 {
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.Segments != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.Segments))
+	}
+	if m.SealedBytes != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.SealedBytes))
+	}
+	if m.SealedJobs != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.SealedJobs))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -12150,6 +12186,63 @@ func (m *ClusterStatusResponse) UnmarshalVT(dAtA []byte) error {
 				m.StateHash = []byte{}
 			}
 			iNdEx = postIndex
+		case 13:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Segments", wireType)
+			}
+			m.Segments = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.Segments |= uint32(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 14:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field SealedBytes", wireType)
+			}
+			m.SealedBytes = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.SealedBytes |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+		case 15:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field SealedJobs", wireType)
+			}
+			m.SealedJobs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.SealedJobs |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

@@ -198,6 +198,11 @@ func (s *Server) ClusterStatus(ctx context.Context, req *connect.Request[musterp
 		WorkersConnected: uint32(len(s.Scheduler.Connected())), JobsLive: uint32(s.State.LiveJobs()), AttemptsLive: uint32(len(s.State.LiveAttempts())),
 		Epoch: s.State.Epoch(), LedgerSumMicroUsd: int64(s.State.LedgerSum()),
 	}
+	for _, segment := range s.State.Segments() {
+		out.Segments++
+		out.SealedBytes += segment.Bytes
+		out.SealedJobs += segment.Jobs
+	}
 	if isAdmin(ctx) { // it costs a pass over the whole state
 		out.StateHash = s.State.Snapshot().Hash()
 	}

@@ -39,7 +39,7 @@ func (b *bench) worker(owner string) string {
 func (b *bench) submit(key string, tasks int) string {
 	b.t.Helper()
 	spec := b.spec()
-	spec.Items, spec.Chunk, spec.BudgetMicroUsd = &musterpb.Items{Count: uint64(tasks)}, 1, 1e8
+	spec.Items, spec.Chunk, spec.BudgetMicroUsd, spec.MaxPriceMicroUsdPerHour = &musterpb.Items{Count: uint64(tasks)}, 1, 1e8, 1e5
 	resp, err := b.client(key, 0).SubmitJob(b.t.Context(), connect.NewRequest(&musterpb.SubmitJobRequest{Id: client.NewID(), Spec: spec}))
 	if err != nil {
 		b.t.Fatal(err)
@@ -47,17 +47,15 @@ func (b *bench) submit(key string, tasks int) string {
 	return resp.Msg.Job
 }
 
-var attempts int
-
 // run places an attempt of a task, or of a check, and commits its result.
 func (b *bench) run(job string, task uint32, check, worker string) {
 	b.t.Helper()
-	attempts++
-	id := fmt.Sprintf("att-%016x", attempts)
+	b.attempts++
+	id := fmt.Sprintf("att-%016x", b.attempts)
 	now := time.Now().UnixMilli()
 	b.apply(&musterpb.Command{TimeUnixMs: now, Body: &musterpb.Command_PlaceAttempt{PlaceAttempt: &musterpb.PlaceAttempt{Attempt: id, Job: job, Task: task, Check: check, Worker: worker}}})
 	b.apply(&musterpb.Command{TimeUnixMs: now + 5, Body: &musterpb.Command_StartAttempt{StartAttempt: &musterpb.StartAttempt{Attempt: id}}})
-	if attempts%7 == 3 && check == "" { // it fails, and another takes its place
+	if b.attempts%7 == 3 && check == "" { // it fails, and another takes its place
 		b.apply(&musterpb.Command{TimeUnixMs: now + 9, Body: &musterpb.Command_EndAttempt{EndAttempt: &musterpb.EndAttempt{
 			Attempt: id, State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Reason: "silent", Blame: musterpb.Blame_BLAME_NETWORK, LogDigest: string(api.DigestOf([]byte(id))),
 		}}})
@@ -198,6 +196,7 @@ func (b *bench) everything(jobs []string, node int) string {
 
 // Nobody can tell from an answer whether what it is about was sealed.
 func TestSealedAnswersAreTheSame(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	b.apply(&musterpb.Command{Body: &musterpb.Command_Deposit{Deposit: &musterpb.Deposit{Account: "evil", AmountMicroUsd: 1e9}}})
 	for _, owner := range []string{"owner-1", "owner-2"} {
@@ -236,6 +235,62 @@ func TestSealedAnswersAreTheSame(t *testing.T) {
 	diff(t, "after sealing again", second, b.everything(jobs, 0))
 }
 
+// A large job comes page by page, and the pages are the same once it is sealed:
+// it may be between two of them.
+func TestPagesOfALargeJob(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: "owner-1"}}})
+	worker, job := b.worker("owner-1"), b.submit("acme", 20_000)
+	for n := range uint32(archive.PageAttempts + 2000) {
+		b.run(job, n, "", worker)
+	}
+	if err := call(t.Context(), b.client("acme", 0).CancelJob, &musterpb.CancelJobRequest{Job: job}); err != nil {
+		t.Fatal(err)
+	}
+	b.finish(worker, b.worker("acme"))
+	c := b.client("acme", 0)
+	type page struct {
+		job  *musterpb.GetJobResponse
+		logs *musterpb.GetLogsResponse
+	}
+	read := func(from uint32) page {
+		t.Helper()
+		got, err := c.GetJob(t.Context(), connect.NewRequest(&musterpb.GetJobRequest{Job: job, Detail: true, AfterTask: from}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		logs, err := c.GetLogs(t.Context(), connect.NewRequest(&musterpb.GetLogsRequest{Job: job, AfterTask: from}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return page{got.Msg, logs.Msg}
+	}
+	var pages []page
+	attempts := 0
+	for from, more := uint32(0), true; more; {
+		p := read(from)
+		attempts += len(p.job.Attempts)
+		if len(p.job.Attempts) == 0 || proto.Size(p.job) > 2*archive.PageBytes {
+			t.Fatalf("a page from task %d on has %d attempts and %d bytes", from, len(p.job.Attempts), proto.Size(p.job))
+		}
+		pages, from = append(pages, p), p.job.NextTask
+		more = from > 0
+	}
+	if all := b.st.Attempts(job); len(pages) < 2 || attempts != len(all) {
+		t.Fatalf("%d attempts on %d pages, of %d", attempts, len(pages), len(all))
+	}
+	b.seal()
+	from := uint32(0)
+	for _, want := range pages {
+		got := read(from)
+		if !proto.Equal(got.job, want.job) || !proto.Equal(got.logs, want.logs) {
+			t.Errorf("the page from task %d on is another once the job is sealed: %d attempts and %d", from, len(got.job.Attempts), len(want.job.Attempts))
+		}
+		from = want.job.NextTask
+	}
+}
+
 // diff reports the first lines that differ.
 func diff(t *testing.T, what, before, after string) {
 	t.Helper()
@@ -266,6 +321,7 @@ func diff(t *testing.T, what, before, after string) {
 
 // A command that is repeated after its job was sealed gets its first answer.
 func TestRepeatAfterSealing(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	for _, owner := range []string{"owner-1", "owner-2"} {
 		b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: owner}}})
@@ -294,6 +350,7 @@ func TestRepeatAfterSealing(t *testing.T) {
 
 // History that can't be read is an error, and not an answer without it.
 func TestUnreadableHistory(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	for _, owner := range []string{"owner-1", "owner-2"} {
 		b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: owner}}})
@@ -319,6 +376,7 @@ func TestUnreadableHistory(t *testing.T) {
 
 // A watch sends the specification once, and again when it changed.
 func TestWatchSendsTheSpecificationOnce(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	for _, owner := range []string{"owner-1", "owner-2"} {
 		b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: owner}}})

@@ -96,19 +96,24 @@ func (s *Server) checkBlobs(ctx context.Context, spec *musterpb.JobSpec) error {
 // checkPlatforms refuses an image that none of the workers known here could
 // ever run. With no worker at all, a job may wait for the first.
 func (s *Server) checkPlatforms(spec *musterpb.JobSpec) error {
-	workers := s.State.Workers()
-	if spec.Image.Kind == musterpb.ImageKind_IMAGE_KIND_WASM || len(spec.Image.Platforms) == 0 || len(workers) == 0 {
+	if spec.Image.Kind == musterpb.ImageKind_IMAGE_KIND_WASM || len(spec.Image.Platforms) == 0 {
+		return nil
+	}
+	runs := func(w *musterpb.Worker) bool {
+		p := w.Capacity.GetPlatform()
+		return slices.ContainsFunc(spec.Image.Platforms, func(want string) bool { return want == p || strings.HasPrefix(want, p+"/") })
+	}
+	if s.State.AnyWorker(runs) { // mostly the first: it costs nothing that there are many
 		return nil
 	}
 	var have []string
-	for _, w := range workers {
-		p := w.Capacity.GetPlatform()
-		if slices.ContainsFunc(spec.Image.Platforms, func(want string) bool { return want == p || strings.HasPrefix(want, p+"/") }) {
-			return nil
-		}
-		if !slices.Contains(have, p) {
+	for _, w := range s.State.Workers() {
+		if p := w.Capacity.GetPlatform(); !slices.Contains(have, p) {
 			have = append(have, p)
 		}
+	}
+	if len(have) == 0 {
+		return nil
 	}
 	return api.Errorf(api.Unsupported, "image %s is for %s and no worker is: they run %s; build the image for one of these",
 		spec.Image.Name, strings.Join(spec.Image.Platforms, ", "), strings.Join(have, ", "))

@@ -117,6 +117,7 @@ type bench struct {
 	keys           map[string]string
 	http           *http.Client
 	job            string // of acme
+	attempts       int    // made so far
 	nodeKey        ed25519.PrivateKey
 }
 

@@ -7,14 +7,16 @@ import (
 	"time"
 
 	"github.com/musternet/muster/bench/load/network"
+	"github.com/musternet/muster/scheduler"
 )
 
 const (
 	finishedFew  = 10_000
 	finishedMany = 1_000_000
 	// finishedWithin bounds what the standard set spends on it.
-	finishedWithin = 130 * time.Second
-	// sealedWithin is how long finished work may take to leave the memory.
+	finishedWithin = 110 * time.Second
+	// sealedWithin is how long finished work may take to leave the memory, once
+	// it is old enough.
 	sealedWithin = 20 * time.Second
 )
 
@@ -64,6 +66,11 @@ func (b *bench) finished(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if b.profile != "" {
+		if err := w.profileHeap(ctx, "finished-leader.heap"); err != nil {
+			return err
+		}
+	}
 	b.results.Set("finished_tasks", float64(done))
 	b.results.Set("heap_bytes_finished_10k", few)
 	b.results.Set("heap_bytes_finished_1m", many)
@@ -89,9 +96,12 @@ func (j *jobs) tasksDone() int {
 	return n
 }
 
-// restingHeap is the leader's heap once it falls no more: finished work is
-// sealed a while after it ended.
+// restingHeap is the leader's heap once everything that ended is old enough to be
+// sealed, and the heap falls no more.
 func (w *world) restingHeap(ctx context.Context) (float64, error) {
+	if err := sleep(ctx, scheduler.DefaultSealAfter+2*time.Second); err != nil {
+		return 0, err
+	}
 	waiting, cancel := context.WithTimeout(ctx, sealedWithin)
 	defer cancel()
 	least, still := 0.0, 0

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/client"
@@ -132,25 +133,39 @@ func (j *jobs) look(ctx context.Context, everything bool) error {
 	j.mu.Lock()
 	list := slices.Clone(j.unsettled)
 	j.mu.Unlock()
-	settled := map[*job]bool{}
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(lookTogether)
 	for _, job := range list {
-		if !everything && !j.mayBeSettled(job) {
-			continue
+		if everything || j.mayBeSettled(job) {
+			g.Go(func() error { return j.check(gctx, job) })
 		}
-		now, err := j.ask(ctx, job)
-		switch {
-		case api.KindOf(err) == api.NotFound && err != nil:
-			continue // the scheduler that was asked does not know it yet
-		case err != nil:
-			return err
-		case now.Settled && now.State != musterpb.JobState_JOB_STATE_CANCELLED && (now.State != musterpb.JobState_JOB_STATE_VERIFIED || now.ItemsVerified != uint64(job.items)):
-			return fmt.Errorf("job %s of %d items ended as %s with %d verified: %s", now.Id, job.items, now.State, now.ItemsVerified, now.Reason)
-		}
-		settled[job] = now.Settled
+	}
+	if err := g.Wait(); err != nil {
+		return err
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.unsettled = slices.DeleteFunc(j.unsettled, func(job *job) bool { return settled[job] })
+	j.unsettled = slices.DeleteFunc(j.unsettled, func(job *job) bool { return job.last.GetSettled() })
+	return nil
+}
+
+// lookTogether is how many jobs are asked about at once.
+const lookTogether = 8
+
+// check asks about a job, and wants one that is settled verified, or cancelled
+// on purpose.
+func (j *jobs) check(ctx context.Context, job *job) error {
+	now, err := j.ask(ctx, job)
+	switch {
+	case err != nil && api.KindOf(err) == api.NotFound:
+		return nil // the scheduler that was asked does not know it yet
+	case err != nil:
+		return err
+	case !now.Settled || now.State == musterpb.JobState_JOB_STATE_CANCELLED:
+		return nil
+	case now.State != musterpb.JobState_JOB_STATE_VERIFIED || now.ItemsVerified != uint64(job.items):
+		return fmt.Errorf("job %s of %d items ended as %s with %d verified: %s", now.Id, job.items, now.State, now.ItemsVerified, now.Reason)
+	}
 	return nil
 }
 
@@ -178,15 +193,9 @@ func (j *jobs) ask(ctx context.Context, job *job) (*musterpb.Job, error) {
 	return job.last, nil
 }
 
-// detail is a job with its attempts and checks.
+// detail is a job with all its attempts and checks.
 func (j *jobs) detail(ctx context.Context, job *job) (*musterpb.GetJobResponse, error) {
-	resp, err := patiently(ctx, func() (*connect.Response[musterpb.GetJobResponse], error) {
-		return job.client.GetJob(ctx, connect.NewRequest(&musterpb.GetJobRequest{Job: *job.id.Load(), Detail: true}))
-	})
-	if err != nil {
-		return nil, err
-	}
-	return resp.Msg, nil
+	return patiently(ctx, func() (*musterpb.GetJobResponse, error) { return job.client.Detail(ctx, *job.id.Load()) })
 }
 
 // tries is how often a call is made whose scheduler is killed while it answers.

@@ -39,7 +39,12 @@ func (b *bench) lifecycle(ctx context.Context) (err error) {
 	b.results.Set("generator_heap_bytes_per_worker", float64(selfHeap()-heap)/float64(b.workers))
 	var s span
 	if err := w.underLoad(ctx, func(ctx context.Context) (err error) {
-		s, err = w.measure(ctx)
+		for range steadyTries {
+			if s, err = w.measure(ctx); !errors.Is(err, errDeposed) {
+				return err
+			}
+			b.logf("%v; once more", err)
+		}
 		return err
 	}); err != nil {
 		return err
@@ -118,6 +123,12 @@ func (j *jobs) done(from int) int {
 	return n
 }
 
+// steadyTries is how often a steady state is looked for, on a machine so busy
+// that leaders are taken for dead.
+const steadyTries = 3
+
+var errDeposed = errors.New("another scheduler leads than at the start of the measurement: the machine is too busy for a steady state")
+
 // span is a time that was measured, by the log and in tasks.
 type span struct {
 	after, through uint64 // indexes
@@ -135,7 +146,7 @@ func (w *world) measure(ctx context.Context) (s span, err error) {
 	if s.leader, err = w.net.Leader(ctx); err != nil {
 		return s, err
 	}
-	profiled := w.profile(ctx)
+	profiled := w.profile(ctx, "", b.duration)
 	w.jobs.resetLatencies()
 	from, err := w.moment(ctx, s.leader)
 	if err != nil {
@@ -147,6 +158,9 @@ func (w *world) measure(ctx context.Context) (s span, err error) {
 	to, err := w.moment(ctx, s.leader)
 	if err != nil {
 		return s, err
+	}
+	if now, err := w.net.Leader(ctx); err != nil || now != s.leader {
+		return s, errors.Join(err, errDeposed, <-profiled)
 	}
 	s.after, s.through = from.applied, to.applied
 	s.seconds, s.tasks = to.at.Sub(from.at).Seconds(), float64(to.verified-from.verified)
@@ -238,8 +252,9 @@ func summary(ms []float64) string {
 	return fmt.Sprintf("p50 %.2f ms, p99 %.2f ms, max %.2f ms (%d)", quantile(ms, 0.5), quantile(ms, 0.99), quantile(ms, 1), len(ms))
 }
 
-// profile profiles every process from now on, if that is wanted.
-func (w *world) profile(ctx context.Context) <-chan error {
+// profile profiles every process from now on for almost so long, if that is
+// wanted; prefix begins the names of the files.
+func (w *world) profile(ctx context.Context, prefix string, d time.Duration) <-chan error {
 	done := make(chan error, 1)
 	dir := w.bench.profile
 	if dir == "" {
@@ -250,7 +265,7 @@ func (w *world) profile(ctx context.Context) <-chan error {
 		done <- err
 		return done
 	}
-	own, err := os.Create(filepath.Join(dir, "generator.cpu"))
+	own, err := os.Create(filepath.Join(dir, prefix+"generator.cpu"))
 	if err == nil {
 		err = pprof.StartCPUProfile(own)
 	}
@@ -265,21 +280,33 @@ func (w *world) profile(ctx context.Context) <-chan error {
 		return done
 	}
 	for i := range w.net.Schedulers {
-		name := fmt.Sprintf("follower-%d", i)
+		name := fmt.Sprintf("%sfollower-%d", prefix, i)
 		if i == leader {
-			name = "leader"
+			name = prefix + "leader"
 		}
 		g.Go(func() error {
-			return w.net.Profile(ctx, i, max(int(w.bench.duration.Seconds())-1, 1), filepath.Join(dir, name+".cpu"), filepath.Join(dir, name+".heap"))
+			return w.net.Profile(ctx, i, max(int(d.Seconds())-1, 1), filepath.Join(dir, name+".cpu"), filepath.Join(dir, name+".heap"))
 		})
 	}
 	go func() {
 		err := g.Wait()
 		pprof.StopCPUProfile()
 		done <- errors.Join(err, own.Close())
-		w.bench.logf("profiles are in %s: go tool pprof -top %s", dir, filepath.Join(dir, "leader.cpu"))
+		w.bench.logf("profiles are in %s: go tool pprof -top %s", dir, filepath.Join(dir, prefix+"leader.cpu"))
 	}()
 	return done
+}
+
+// profileHeap saves a heap profile of the leader.
+func (w *world) profileHeap(ctx context.Context, name string) error {
+	if err := os.MkdirAll(w.bench.profile, 0o755); err != nil {
+		return err
+	}
+	leader, err := w.net.Leader(ctx)
+	if err != nil {
+		return err
+	}
+	return w.net.HeapProfile(ctx, leader, filepath.Join(w.bench.profile, name))
 }
 
 // stages notes how long the stages took that only the schedulers can time, from

@@ -81,7 +81,7 @@ func main() {
 	flag.StringVar(&b.binary, "binary", "", "muster binary (default: built now)")
 	flag.StringVar(&b.dir, "dir", "", "directory for data (default: a temporary one)")
 	flag.BoolVar(&b.keep, "keep", false, "keep the data of the schedulers")
-	flag.StringVar(&b.profile, "profile", "", "directory for CPU and heap profiles of every process while the lifecycle is measured")
+	flag.StringVar(&b.profile, "profile", "", "directory for CPU and heap profiles of every process while lifecycle, single and finished are measured")
 	flag.StringVar(&b.out, "out", "", "directory for results.json, samples.json and charts (default: none are written)")
 	flag.StringVar(&b.sim, "sim", "", "results of bench/sim to take in")
 	flag.StringVar(&b.history, "history", "", "file that gets a line with all results")

@@ -54,6 +54,7 @@ func (b *bench) single(ctx context.Context) (err error) {
 		if err := sleep(gctx, time.Second); err != nil {
 			return err
 		}
+		profiled := w.profile(gctx, "single-", b.duration/3)
 		w.jobs.resetLatencies()
 		began := time.Now()
 		if err := sleep(gctx, b.duration/3); err != nil {
@@ -63,7 +64,7 @@ func (b *bench) single(ctx context.Context) (err error) {
 		b.results.Set("single_jobs_placed_per_s", float64(len(placed))/took)
 		b.results.Distribution("single_jobs_ms", placed)
 		b.logf("single jobs: %.0f/s; submit to placed %s", float64(len(placed))/took, summary(placed))
-		return nil
+		return <-profiled
 	})
 	if err := g.Wait(); err != nil {
 		return err

@@ -298,6 +298,9 @@ type clusterView struct {
 	Randomness       string     `json:"randomness"`
 	LedgerSum        int64      `json:"ledger_sum_micro_usd"`
 	StateHash        string     `json:"state_hash"`
+	Segments         uint32     `json:"segments"` // of sealed work
+	SealedBytes      int64      `json:"sealed_bytes"`
+	SealedJobs       uint64     `json:"sealed_jobs"`
 }
 
 type nodeView struct {
@@ -313,7 +316,7 @@ func viewCluster(m *musterpb.ClusterStatusResponse) clusterView {
 	v := clusterView{
 		Cluster: m.Cluster, Leader: m.Leader, Term: m.Term, AppliedIndex: m.AppliedIndex, Nodes: []nodeView{}, WorkersConnected: m.WorkersConnected,
 		JobsLive: m.JobsLive, AttemptsLive: m.AttemptsLive, Epoch: m.Epoch, Randomness: m.Randomness, LedgerSum: m.LedgerSumMicroUsd,
-		StateHash: hex.EncodeToString(m.StateHash),
+		StateHash: hex.EncodeToString(m.StateHash), Segments: m.Segments, SealedBytes: m.SealedBytes, SealedJobs: m.SealedJobs,
 	}
 	for _, n := range m.Nodes {
 		v.Nodes = append(v.Nodes, nodeView{ID: n.Id, API: n.ApiAddress, Raft: n.RaftAddress, Leader: n.Leader, InCommittee: n.InCommittee, Note: n.Note})
@@ -324,6 +327,7 @@ func viewCluster(m *musterpb.ClusterStatusResponse) clusterView {
 func printCluster(w *tabwriter.Writer, v clusterView) {
 	row(w, "cluster", v.Cluster)
 	row(w, "live", fmt.Sprintf("%d workers, %d jobs, %d attempts", v.WorkersConnected, v.JobsLive, v.AttemptsLive))
+	row(w, "sealed", fmt.Sprintf("%d jobs in %d segments, %.1f MiB", v.SealedJobs, v.Segments, float64(v.SealedBytes)/(1<<20)))
 	row(w, "samples", v.Randomness+fmt.Sprintf(" (epoch %d)", v.Epoch))
 	row(w, "ledger sum", money(v.LedgerSum))
 	row(w, "log", fmt.Sprintf("term %d, applied %d", v.Term, v.AppliedIndex))

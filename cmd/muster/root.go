@@ -14,7 +14,6 @@ import (
 
 	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/client"
@@ -201,10 +200,9 @@ func fromFile(cmd *cobra.Command, path string) error {
 			return usagef("%s: unknown setting %q; the settings are the flags of %s", path, name, cmd.CommandPath())
 		}
 	}
-	var failed error
-	cmd.Flags().VisitAll(func(f *pflag.Flag) {
-		if f.Changed || failed != nil {
-			return
+	for _, f := range visited(cmd.Flags().VisitAll) {
+		if f.Changed {
+			continue
 		}
 		from, value := "MUSTER_"+strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_")), ""
 		if env := os.Getenv(from); env != "" && f.Name != "dir" {
@@ -212,13 +210,20 @@ func fromFile(cmd *cobra.Command, path string) error {
 		} else if v, ok := values[f.Name]; ok {
 			from, value = path+": "+f.Name, settingText(v)
 		} else {
-			return
+			continue
 		}
 		if err := cmd.Flags().Set(f.Name, value); err != nil {
-			failed = usagef("%s: %q: %w", from, value, err)
+			return usagef("%s: %q: %w", from, value, err)
 		}
-	})
-	return failed
+	}
+	return nil
+}
+
+// visited lists what a visitor visits. It spares naming the type of a flag, and
+// with it a direct requirement.
+func visited[T any](visit func(func(*T))) (all []*T) {
+	visit(func(v *T) { all = append(all, v) })
+	return all
 }
 
 // settingText is a YAML value as a flag's text; a list becomes commas.

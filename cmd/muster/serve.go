@@ -81,6 +81,7 @@ network or on loopback.`,
 	f.DurationVar(&c.Timing.ReconnectGrace, "reconnect-grace", scheduler.DefaultReconnectGrace, "the same once its connection broke")
 	f.DurationVar(&c.Timing.RevealTimeout, "reveal-timeout", scheduler.DefaultRevealTimeout, "how long a draw waits for the other schedulers")
 	f.StringVar(&c.Debug, "debug-listen", "", "loopback address for profiles (/debug/pprof/) and metrics (/debug/vars), such as 127.0.0.1:6060 (default: off)")
+	f.DurationVar(&c.Timing.SealAfter, "seal-after", scheduler.DefaultSealAfter, "how long a job stays in memory after it ended")
 	f.DurationVar(&c.Timing.DisputePatience, "dispute-patience", scheduler.DefaultDisputePatience, "how long a dispute waits for a further owner")
 	return cmd
 }
@@ -192,5 +193,6 @@ The same directory continues the same network; remove it to start anew.`,
 	f.StringSliceVar(&c.Cheat, "cheat", nil, "the last worker cheats: "+node.CheatKinds())
 	f.StringVar(&c.Runtime, "runtime", "auto", "auto, docker (must be there) or wasm (no containers)")
 	f.StringVar(&c.Listen, "listen", "127.0.0.1:7070", "API address of the first scheduler; the others follow")
+	f.DurationVar(&c.SealAfter, "seal-after", scheduler.DefaultSealAfter, "how long a job stays in memory after it ended")
 	return cmd
 }

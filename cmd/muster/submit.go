@@ -11,6 +11,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/blob"
@@ -72,6 +73,9 @@ downloads the results.`,
 	return cmd
 }
 
+// maxUploads bounds the inputs that are uploaded at the same time.
+const maxUploads = 4
+
 // prepare turns a job file into a specification with everything uploaded.
 func prepare(ctx context.Context, c *client.Client, path, imageFile string, progress io.Writer) (*musterpb.JobSpec, error) {
 	text, err := os.ReadFile(path)
@@ -103,10 +107,18 @@ func prepare(ctx context.Context, c *client.Client, path, imageFile string, prog
 	if spec.Image, err = prepareImage(ctx, c, file, progress); err != nil {
 		return nil, fmt.Errorf("%s: image: %w", path, err)
 	}
+	uploads, uploadCtx := errgroup.WithContext(ctx)
+	uploads.SetLimit(maxUploads)
 	for i, in := range file.LocalInputs {
-		if err := uploadInput(ctx, c, in, spec.Inputs[i]); err != nil {
-			return nil, fmt.Errorf("%s: input %s: %w", path, in.Path, err)
-		}
+		uploads.Go(func() error {
+			if err := uploadInput(uploadCtx, c, in, spec.Inputs[i]); err != nil {
+				return fmt.Errorf("%s: input %s: %w", path, in.Path, err)
+			}
+			return nil
+		})
+	}
+	if err := uploads.Wait(); err != nil {
+		return nil, err
 	}
 	if err := jobspec.Validate(spec); err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)

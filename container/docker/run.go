@@ -114,13 +114,7 @@ func (r *Runtime) runOnce(ctx context.Context, spec container.Spec, engine Engin
 	if ctx.Err() != nil {
 		return container.Result{Reason: container.Cancelled}, nil
 	}
-	// Both have to be there before the start; the engine takes a while for each.
-	waitCtx, stopWaiting := context.WithCancel(context.WithoutCancel(ctx))
-	defer stopWaiting()
-	registered := make(chan (<-chan exit), 1)
-	go func() { registered <- r.exit(waitCtx, id) }()
 	stream, err := r.attach(ctx, id)
-	exited := <-registered
 	if err != nil {
 		return container.Result{}, err
 	}
@@ -132,7 +126,7 @@ func (r *Runtime) runOnce(ctx context.Context, spec container.Spec, engine Engin
 	}()
 	defer func() { drain(stream, copied) }()
 
-	return r.supervise(ctx, spec, id, logs, exited)
+	return r.supervise(ctx, spec, id, logs)
 }
 
 // drain waits for the rest of a stopped program's output. The engine closes
@@ -199,12 +193,15 @@ func (r *Runtime) attach(ctx context.Context, id string) (types.HijackedResponse
 
 // supervise starts the container, waits for the first of exit, cancellation,
 // timeout and full outputs, makes sure that it has stopped, and says how it ended.
-func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string, logs *container.Log, exited <-chan exit) (container.Result, error) {
+func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string, logs *container.Log) (container.Result, error) {
 	began := time.Now()
 	if result, err := r.start(ctx, id, logs); err != nil || result.Reason != "" {
 		return result, err
 	}
 	spec.HasStarted()
+	waitCtx, stopWaiting := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWaiting()
+	exited := r.exit(waitCtx, id)
 
 	watchCtx, stopWatching := context.WithCancel(context.WithoutCancel(ctx))
 	full := make(chan error, 1)
@@ -242,10 +239,10 @@ type exit struct {
 	err  error // of the waiting, not the program's
 }
 
-// exit delivers one value when the container has stopped. It is registered with
-// the engine before it returns.
+// exit delivers one value when a container that was started has stopped, be that
+// before the engine is asked: nothing but Run removes it.
 func (r *Runtime) exit(ctx context.Context, id string) <-chan exit {
-	stopped, failed := r.client.ContainerWait(ctx, id, dcontainer.WaitConditionNextExit)
+	stopped, failed := r.client.ContainerWait(ctx, id, dcontainer.WaitConditionNotRunning)
 	exited := make(chan exit, 1)
 	go func() {
 		select {

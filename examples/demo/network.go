@@ -266,11 +266,7 @@ func (n *network) job(ctx context.Context, id string) (*musterpb.Job, error) {
 }
 
 func (n *network) detail(ctx context.Context, id string) (*musterpb.GetJobResponse, error) {
-	resp, err := n.client.GetJob(ctx, connect.NewRequest(&musterpb.GetJobRequest{Job: id, Detail: true}))
-	if err != nil {
-		return nil, err
-	}
-	return resp.Msg, nil
+	return n.client.Detail(ctx, id)
 }
 
 func (n *network) status(ctx context.Context) (*musterpb.ClusterStatusResponse, error) {

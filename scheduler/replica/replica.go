@@ -180,7 +180,6 @@ func raftConfig(cfg Config, hlog hclog.Logger) *raft.Config {
 	// How late an idle follower learns of a commit: it has to reveal soon.
 	c.CommitTimeout = 10 * time.Millisecond
 	c.MaxAppendEntries = 256
-	c.BatchApplyCh = true // entries that wait are written to disk together
 	c.SnapshotThreshold = cmp.Or(cfg.Snapshots.Threshold, 16384)
 	c.SnapshotInterval = cmp.Or(cfg.Snapshots.Interval, c.SnapshotInterval)
 	c.TrailingLogs = cmp.Or(cfg.Snapshots.Trailing, c.TrailingLogs)

@@ -79,6 +79,9 @@ func (s *State) placeAttempt(c *musterpb.PlaceAttempt) (string, error) {
 			return "", api.Errorf(api.Conflict, "worker %s has no device %s (any more)", c.Worker, d)
 		}
 	}
+	if old := s.attempts.Get(c.Attempt); old != nil {
+		s.finishSweep(old.Job)
+	}
 	x := s.index.workers[c.Worker]
 	if busy := x.use.busyDevice(c.Devices); busy != "" {
 		return "", api.Errorf(api.Conflict, "device %s of worker %s is in use", busy, c.Worker)
@@ -125,14 +128,16 @@ func (s *State) placeWork(job *musterpb.Job, a *musterpb.Attempt) error {
 	job.State = musterpb.JobState_JOB_STATE_RUNNING
 	job.Attempts++
 	job.LiveAttempts++
-	task := &musterpb.Task{Job: a.Job, Number: a.Task}
+	var task *musterpb.Task
 	if at >= 0 {
 		task = s.task(a.Job, a.Task)
+		task.Attempts = append(task.Attempts, a.Id)
+	} else {
+		task = newTask(a)
 	}
 	task.State = musterpb.TaskState_TASK_STATE_RUNNING
-	task.Attempts = append(task.Attempts, a.Id)
 	s.setTask(task)
-	s.setAttempt(0, a)
+	s.setAttempt(nil, a)
 	return nil
 }
 
@@ -187,7 +192,7 @@ func (s *State) startAttempt(c *musterpb.StartAttempt) (string, error) {
 	if c.ReceivedUnixMs > 0 {
 		fresh.StartedUnixMs = min(s.now, max(c.ReceivedUnixMs, a.PlacedUnixMs))
 	}
-	s.setAttempt(a.State, fresh)
+	s.setAttempt(a, fresh)
 	return a.Id, nil
 }
 
@@ -221,7 +226,7 @@ func (s *State) commitResult(c *musterpb.CommitResult) (string, error) {
 	if fresh.StartedUnixMs == 0 {
 		fresh.StartedUnixMs = fresh.PlacedUnixMs
 	}
-	s.setAttempt(a.State, fresh)
+	s.setAttempt(a, fresh)
 	if fresh.Check != "" {
 		return a.Id, nil // the leader compares next
 	}
@@ -289,7 +294,7 @@ func (s *State) endAttempt(c *musterpb.EndAttempt) (string, error) {
 	fresh := copyAttempt(a)
 	fresh.Blame, fresh.ExitCode, fresh.LogDigest = c.Blame, c.ExitCode, c.LogDigest
 	must(s.ledger.Void(a.Hold, s.now, c.Reason))
-	s.finishAttempt(fresh, c.State, c.Reason)
+	s.finishAttempt(a, fresh, c.State, c.Reason)
 	switch {
 	case c.Blame == musterpb.Blame_BLAME_WORKER || c.State == musterpb.AttemptState_ATTEMPT_STATE_LOST:
 		s.failedWorker(a.Worker, false)
@@ -392,11 +397,12 @@ func (s *State) hold(a *musterpb.Attempt, payer string) error {
 // closeAttempt ends an attempt unpaid and voids its hold.
 func (s *State) closeAttempt(a *musterpb.Attempt, state musterpb.AttemptState, reason string) {
 	must(s.ledger.Void(a.Hold, s.now, reason))
-	s.finishAttempt(copyAttempt(a), state, reason)
+	s.finishAttempt(a, copyAttempt(a), state, reason)
 }
 
-// payAttempt ends an attempt that was found right and posts its price.
-func (s *State) payAttempt(a *musterpb.Attempt, reason string) {
+// payAttempt ends an attempt that was found right, or drawn in an epoch and not
+// sampled, and posts its price.
+func (s *State) payAttempt(a *musterpb.Attempt, epoch uint64, reason string) {
 	amount := s.price(a)
 	if amount == 0 {
 		must(s.ledger.Void(a.Hold, s.now, "free of charge"))
@@ -404,8 +410,8 @@ func (s *State) payAttempt(a *musterpb.Attempt, reason string) {
 		must(s.ledger.Post(a.Hold, s.now, amount, fee(amount), reason))
 	}
 	fresh := copyAttempt(a)
-	fresh.PaidMicroUsd = int64(amount)
-	s.finishAttempt(fresh, musterpb.AttemptState_ATTEMPT_STATE_VERIFIED, reason)
+	fresh.PaidMicroUsd, fresh.Batch = int64(amount), epoch
+	s.finishAttempt(a, fresh, musterpb.AttemptState_ATTEMPT_STATE_VERIFIED, reason)
 	if a.Payer != ledger.Network && amount > 0 {
 		s.editJob(a.Job).SpentMicroUsd += int64(amount)
 		s.ledger.Spend(s.index.jobs[a.Job].account.money, amount)
@@ -419,11 +425,10 @@ func (s *State) price(a *musterpb.Attempt) api.MicroUSD {
 	return min(Cost(api.MicroUSD(a.PriceMicroUsdPerHour), a.CommittedUnixMs-a.StartedUnixMs), api.MicroUSD(a.HoldMicroUsd))
 }
 
-// finishAttempt stores how an attempt ended; it takes a copy that it may change.
-func (s *State) finishAttempt(a *musterpb.Attempt, state musterpb.AttemptState, reason string) {
-	was := a.State
-	a.State, a.Reason, a.EndedUnixMs = state, reason, s.now
-	s.setAttempt(was, a)
+// finishAttempt stores how an attempt ended, in a copy of it.
+func (s *State) finishAttempt(a, fresh *musterpb.Attempt, state musterpb.AttemptState, reason string) {
+	fresh.State, fresh.Reason, fresh.EndedUnixMs = state, reason, s.now
+	s.setAttempt(a, fresh)
 	job := s.editJob(a.Job)
 	job.LiveAttempts--
 	resume(job)
@@ -438,10 +443,10 @@ func (s *State) attempt(id string) *musterpb.Attempt {
 	return nil
 }
 
-// setAttempt stores an attempt that was in another state, or in none.
-func (s *State) setAttempt(was musterpb.AttemptState, a *musterpb.Attempt) {
+// setAttempt stores what became of an attempt; old is nil for a new one.
+func (s *State) setAttempt(old, a *musterpb.Attempt) {
 	s.attempts.Set(a.Id, a)
-	s.indexAttempt(was, a)
+	s.indexAttempt(old, a)
 }
 
 // busyDevice is the first of the devices that another attempt uses, or that is

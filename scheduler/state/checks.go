@@ -37,12 +37,6 @@ func (s *State) closeBatch(c *musterpb.CloseBatch) (string, error) {
 	}
 	s.epoch = c.Epoch
 	s.openBatch = slices.Clone(s.openBatch[c.Attempts:])
-	for _, id := range attempts {
-		fresh := copyAttempt(s.attempts.Get(id))
-		fresh.Batch = c.Epoch
-		s.setAttempt(fresh.State, fresh)
-	}
-	s.countUndecided(c.Epoch, len(attempts))
 	if len(batch.Committee) == 0 {
 		batch.FailedClosed = true
 		s.draw(batch)
@@ -121,6 +115,7 @@ func (s *State) draw(batch *musterpb.Batch) {
 	batch.Drawn = true
 	s.batches.Set(batch.Epoch, batch)
 	lottery := verify.NewLottery(batch.Seed)
+	var of []uint64
 	for _, id := range batch.Attempts {
 		a := s.attempts.Get(id)
 		if a.State != musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
@@ -135,11 +130,15 @@ func (s *State) draw(batch *musterpb.Batch) {
 		if x.order == nil {
 			x.order = jobspec.OrderOf(job.Spec, job.PermutationKey)
 		}
-		items := lottery.Draw(id, s.itemsOf(a), a.Commit.Root, rate)
+		of = x.order.AppendTaskItems(of[:0], job.Spec.Chunk, a.Task)
+		items := lottery.Draw(id, of, a.Commit.Root, rate)
 		if len(items) == 0 {
-			s.acceptWork(a, "not sampled")
+			s.acceptWork(a, batch.Epoch, "not sampled")
 			continue
 		}
+		fresh := copyAttempt(a)
+		fresh.Batch = batch.Epoch
+		s.setAttempt(a, fresh)
 		s.setCheck(&musterpb.Check{Id: checkID(id), Job: a.Job, Target: id, Items: items, OpenedUnixMs: s.now})
 		job = s.editJob(a.Job)
 		job.OpenChecks++
@@ -209,7 +208,7 @@ func (s *State) placeCheckRun(c *musterpb.PlaceAttempt, a *musterpb.Attempt) err
 		fresh.Relaxed = c.Relaxed
 	}
 	s.checks.Set(fresh.Id, fresh)
-	s.setAttempt(0, a)
+	s.setAttempt(nil, a)
 	job = s.editJob(c.Job)
 	job.Checks++
 	job.LiveAttempts++
@@ -293,7 +292,7 @@ func (s *State) decide(check *musterpb.Check, committed []string) {
 		s.judgeRuns(check, d)
 		target := s.attempts.Get(check.Target)
 		s.changeRecord(target.Owner, target.Class, Application(s.jobs.Get(check.Job)), true)
-		s.acceptWork(target, "checked and right")
+		s.acceptWork(target, target.Batch, "checked and right")
 	case musterpb.Verdict_VERDICT_FAILURE:
 		s.closeCheck(check, d.Verdict, differs(check))
 		s.judgeRuns(check, d)
@@ -325,7 +324,7 @@ func (s *State) judgeRuns(check *musterpb.Check, d verify.Decision) {
 		a := s.attempts.Get(id)
 		switch {
 		case slices.Contains(d.Right, id):
-			s.payAttempt(a, "result agrees")
+			s.payAttempt(a, a.Batch, "result agrees")
 		case slices.Contains(d.Wrong, id):
 			s.offence(a, "result differs from what other owners computed")
 		}
@@ -342,8 +341,8 @@ func (s *State) offence(a *musterpb.Attempt, reason string) {
 }
 
 // acceptWork pays a result and counts its task as done.
-func (s *State) acceptWork(a *musterpb.Attempt, reason string) {
-	s.payAttempt(a, reason)
+func (s *State) acceptWork(a *musterpb.Attempt, epoch uint64, reason string) {
+	s.payAttempt(a, epoch, reason)
 	task := s.task(a.Job, a.Task)
 	task.State = musterpb.TaskState_TASK_STATE_VERIFIED
 	s.setTask(task)

@@ -19,7 +19,7 @@ type index struct {
 	jobs      map[string]*jobIndex // those that are not settled
 	wanting   map[string]struct{}  // jobs with a check that wants a run
 	toCompare map[string]struct{}  // checks with results that were not compared yet
-	undecided map[uint64]int       // by epoch: results of the batch that have no verdict
+	undecided map[uint64]int       // by epoch: results of the batch whose check is open
 	settled   []string             // jobs, in the order in which they settled
 	running   int                  // attempts that a worker may be running
 }
@@ -122,18 +122,19 @@ func (s *State) tellJob(id string, x *jobIndex) {
 	}
 }
 
-// indexAttempt follows a step of an attempt: a is what it became. With
-// ATTEMPT_STATE_UNSPECIFIED there was none before.
-func (s *State) indexAttempt(was musterpb.AttemptState, a *musterpb.Attempt) {
+// indexAttempt follows a step of an attempt: a is what became of old, which is
+// nil for a new one.
+func (s *State) indexAttempt(old, a *musterpb.Attempt) {
 	s.tell(attemptChanged, a.Id)
+	was := old.GetState()
 	if running(was) != running(a.State) {
 		s.indexRunning(a, running(a.State))
 	}
 	if live(was) != live(a.State) {
-		s.indexDue(a, live(a.State))
-		if a.Batch != 0 && a.Check == "" {
-			s.countUndecided(a.Batch, -1) // a result is never drawn twice
-		}
+		s.indexDue(old, a)
+	}
+	if is := sampled(a); is != sampled(old) {
+		s.countUndecided(a.Batch, is)
 	}
 	if a.Check != "" && was != a.State {
 		s.indexCheck(s.checks.Get(a.Check))
@@ -158,15 +159,21 @@ func (s *State) indexRunning(a *musterpb.Attempt, now bool) {
 	s.tellJob(a.Job, job)
 }
 
+// sampled reports whether an attempt is a result whose check is open: one that
+// was drawn and not sampled is over.
+func sampled(a *musterpb.Attempt) bool {
+	return a.GetBatch() != 0 && a.Check == "" && live(a.State)
+}
+
 // indexDue counts results that may yet be paid and whose check has no run; what
 // changes that is an attempt whose hold opened or was closed.
-func (s *State) indexDue(a *musterpb.Attempt, now bool) {
+func (s *State) indexDue(old, a *musterpb.Attempt) {
 	change := -1
-	if now != (a.Check != "") {
+	if live(a.State) == (a.Check == "") {
 		change = 1
 	}
 	if a.Check == "" {
-		if a.Batch != 0 && s.hasLiveRun(s.checks.Get(checkID(a.Id)), "") {
+		if sampled(old) && s.hasLiveRun(s.checks.Get(checkID(a.Id)), "") {
 			return
 		}
 	} else if check := s.checks.Get(a.Check); !live(s.attempts.Get(check.Target).State) || s.hasLiveRun(check, a.Id) {
@@ -185,8 +192,10 @@ func (s *State) hasLiveRun(check *musterpb.Check, except string) bool {
 	return false
 }
 
-func (s *State) countUndecided(epoch uint64, change int) {
-	if s.index.undecided[epoch] += change; s.index.undecided[epoch] == 0 {
+func (s *State) countUndecided(epoch uint64, more bool) {
+	if more {
+		s.index.undecided[epoch]++
+	} else if s.index.undecided[epoch]--; s.index.undecided[epoch] == 0 {
 		delete(s.index.undecided, epoch)
 	}
 }

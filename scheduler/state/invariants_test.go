@@ -9,6 +9,7 @@ import (
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/scheduler/ledger"
+	"github.com/musternet/muster/scheduler/table"
 	"github.com/musternet/muster/verify"
 )
 
@@ -79,8 +80,11 @@ func brokenIndex(s *State, bad complain) {
 		}
 		if a.Check == "" && live(a.State) {
 			due[a.Job] += owed(s, a)
-			if a.Batch != 0 {
+			if check := s.checks.Get(checkID(id)); check != nil {
 				undecided[a.Batch]++
+			}
+			if (s.checks.Get(checkID(id)) != nil) != (a.Batch != 0) {
+				bad("attempt %s has batch %d, and has a check: %v", id, a.Batch, a.Batch == 0)
 			}
 		}
 	}
@@ -284,6 +288,10 @@ func brokenAttempt(s *State, a *musterpb.Attempt, bad complain) {
 	}
 	if n := count(s.openBatch, a.Id); n != 0 && n != 1 {
 		bad("attempt %s is in the open batch %d times", a.Id, n)
+	} else if b := s.batches.Get(s.epoch); b != nil && !b.Drawn && slices.Contains(b.Attempts, a.Id) {
+		if n == 1 || a.Batch != 0 || a.State != musterpb.AttemptState_ATTEMPT_STATE_COMMITTED {
+			bad("attempt %s (%s, batch %d) is being drawn, and in the open batch: %v", a.Id, StateName(a.State), a.Batch, n == 1)
+		}
 	} else if waits := a.State == musterpb.AttemptState_ATTEMPT_STATE_COMMITTED && a.Check == "" && a.Batch == 0; waits != (n == 1) {
 		bad("attempt %s (%s, batch %d) is in the open batch: %v", a.Id, StateName(a.State), a.Batch, n == 1)
 	}
@@ -378,7 +386,8 @@ func count[T comparable](list []T, v T) (n int) {
 }
 
 // replicas applies every command to two states and checks, around each, all
-// that has to hold whatever the command is.
+// that has to hold whatever the command is. A third gets them later, in entries
+// of several.
 type replicas struct {
 	*State
 	twin *State
@@ -386,6 +395,14 @@ type replicas struct {
 		Helper()
 		Fatalf(string, ...any)
 	}
+	grouped  *State
+	pending  []*musterpb.Command // that grouped did not get yet
+	expected []*musterpb.Answer
+	entries  int
+	cursor   uint64 // of the changes
+	work     map[string]Work
+	uses     map[string]Use
+	units    map[string]int64
 }
 
 func (r *replicas) apply(cmd *musterpb.Command) *musterpb.Answer {
@@ -419,8 +436,109 @@ func (r *replicas) apply(cmd *musterpb.Command) *musterpb.Answer {
 			r.t.Fatalf("the balance of %s does not add up: %v, and %s is in its jobs", account, b, inJobs)
 		}
 	}
+	r.told(cmd, before, after)
+	r.group(cmd, answer, hash)
 	r.restart(after, hash)
 	return answer
+}
+
+// group applies what is pending to the third state, now and then: whatever the
+// entries are, answers and state are the same.
+func (r *replicas) group(cmd *musterpb.Command, answer *musterpb.Answer, hash []byte) {
+	r.t.Helper()
+	r.pending, r.expected = append(r.pending, cmd.CloneVT()), append(r.expected, answer)
+	if len(r.pending) <= r.entries%13 {
+		return
+	}
+	before := r.grouped.Snapshot()
+	beforeHash := before.Hash()
+	for i, got := range r.grouped.ApplyAll(r.pending) {
+		if !got.EqualVT(r.expected[i]) {
+			r.t.Fatalf("%v: answered %v, in an entry of %d %v", r.pending[i], r.expected[i], len(r.pending), got)
+		}
+	}
+	if !bytes.Equal(before.Hash(), beforeHash) {
+		r.t.Fatalf("an entry of %v changed values that were stored before", r.pending)
+	}
+	if !bytes.Equal(r.grouped.Snapshot().Hash(), hash) {
+		r.t.Fatalf("%v: applied in one entry they give another state", r.pending)
+	}
+	if problems := broken(r.grouped); len(problems) > 0 {
+		r.t.Fatalf("after an entry of %v:\n%q", r.pending, problems)
+	}
+	r.pending, r.expected = nil, nil
+	r.entries++
+}
+
+// told checks that readers are told of everything that changed.
+func (r *replicas) told(cmd *musterpb.Command, before, after *Snapshot) {
+	r.t.Helper()
+	c, next := r.ChangesSince(r.cursor)
+	if c.Reset != (r.cursor == 0) {
+		r.t.Fatalf("after %v, changes since %d: reset is %v", cmd, r.cursor, c.Reset)
+	}
+	r.cursor = next
+	work := map[string]Work{}
+	for id := range r.index.jobs {
+		w, _ := r.WorkOf(id)
+		for i := range w.Checks {
+			w.Checks[i].Unpaid = "" // follows from the money of others, too
+		}
+		work[id] = w
+	}
+	uses, units := map[string]Use{}, map[string]int64{}
+	for _, id := range keysOf(r.workers) {
+		uses[id] = r.UseOf(id)
+	}
+	for _, id := range r.Accounts() {
+		units[id] = r.UsageOf(id)
+	}
+	previous, usesBefore, unitsBefore := r.work, r.uses, r.units
+	r.work, r.uses, r.units = work, uses, units
+	if c.Reset {
+		return
+	}
+	for id, use := range uses {
+		if !slices.Contains(c.Workers, id) && !reflect.DeepEqual(use, usesBefore[id]) {
+			r.t.Fatalf("%v changed the use of worker %s and did not tell", cmd, id)
+		}
+	}
+	for id, n := range units {
+		if n != unitsBefore[id] && !slices.ContainsFunc(c.Jobs, func(job string) bool { return r.Job(job).GetAccount() == id }) {
+			r.t.Fatalf("%v changed the usage of account %s and told of none of its jobs", cmd, id)
+		}
+	}
+	for what, missing := range map[string][]string{
+		"workers":  untold(before.workers, after.workers, c.Workers),
+		"jobs":     untold(before.jobs, after.jobs, c.Jobs),
+		"checks":   untold(before.checks, after.checks, c.Checks),
+		"attempts": untold(before.attempts, after.attempts, c.Attempts),
+	} {
+		if len(missing) > 0 {
+			r.t.Fatalf("%v changed the %s %v and did not tell", cmd, what, missing)
+		}
+	}
+	for id, w := range work {
+		if !slices.Contains(c.Jobs, id) && !reflect.DeepEqual(w, previous[id]) {
+			r.t.Fatalf("%v changed the work of job %s and did not tell", cmd, id)
+		}
+	}
+	for _, list := range [][]string{c.Workers, c.Jobs, c.Checks, c.Attempts} {
+		if len(slices.Compact(slices.Sorted(slices.Values(list)))) != len(list) {
+			r.t.Fatalf("changes are told twice: %v", list)
+		}
+	}
+}
+
+// untold are the IDs whose values differ and that are not in a list. What was
+// sealed is told by its job.
+func untold[V comparable](before, after *table.Map[string, V], told []string) (ids []string) {
+	for id, v := range after.All() {
+		if before.Get(id) != v && !slices.Contains(told, id) {
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }
 
 // restart replaces the twin by a state restored from a snapshot.
@@ -465,5 +583,7 @@ func newReplicas(t interface {
 	Helper()
 	Fatalf(string, ...any)
 }) *replicas {
-	return &replicas{State: New(), twin: New(), t: t}
+	r := &replicas{State: New(), twin: New(), grouped: New(), t: t}
+	r.State.sweeper = 1 // what is sealed stays around for a while
+	return r
 }

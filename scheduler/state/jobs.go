@@ -166,6 +166,16 @@ func (s *State) task(job string, number uint32) *musterpb.Task {
 	return copyTask(s.tasks.Get(taskKey{job, number}))
 }
 
+// newTask is the task of its first attempt, in one piece.
+func newTask(a *musterpb.Attempt) *musterpb.Task {
+	t := &struct {
+		musterpb.Task
+		first [1]string
+	}{first: [1]string{a.Id}}
+	t.Job, t.Number, t.Attempts = a.Job, a.Task, t.first[:]
+	return &t.Task
+}
+
 func (s *State) setTask(t *musterpb.Task) { s.tasks.Set(taskKey{t.Job, t.Number}, t) }
 
 // requeue makes a task wait for another attempt. That of a job that has ended
@@ -196,7 +206,7 @@ func (s *State) itemsOf(a *musterpb.Attempt) []uint64 {
 	}
 	job := s.jobs.Get(a.Job)
 	if x := s.index.jobs[a.Job]; x != nil && x.order != nil {
-		return x.order.TaskItems(job.Spec.Chunk, a.Task)
+		return x.order.AppendTaskItems(nil, job.Spec.Chunk, a.Task)
 	}
 	return jobspec.TaskItems(job.Spec, job.PermutationKey, a.Task)
 }

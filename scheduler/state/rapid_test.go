@@ -15,6 +15,7 @@ import (
 // after each of them is checked by replicas.apply.
 type machine struct {
 	*world
+	archive  []*musterpb.SnapshotRecord // what was sealed
 	attempts int
 	jobs     int
 	truths   map[string]int // by attempt: what its outputs are; results with the same agree
@@ -182,6 +183,21 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 		"fund": func(t *rapid.T) {
 			m.do(t, "fund", pick(t, keysOf(m.data.jobs), "job"), rapid.SampledFrom([]string{"-1", "0", "0.10", "1", "500"}).Draw(t, "amount"))
 		},
+		"seal": m.seal,
+		"seal at random": func(t *rapid.T) {
+			if chance(t, 20, "seal") {
+				m.do(t, "seal", fmt.Sprint("segment ", m.clock), "jobs="+pick(t, keysOf(m.data.jobs), "job"),
+					fmt.Sprintf("transfer=%d", rapid.IntRange(0, 99).Draw(t, "transfer")), fmt.Sprintf("epoch=%d", rapid.IntRange(0, 9).Draw(t, "epoch")))
+			}
+		},
+		"merge": func(t *rapid.T) {
+			if n := len(m.segments); n > 1 {
+				at := rapid.IntRange(0, n-2).Draw(t, "segment")
+				cmd := &musterpb.MergeSegments{Segment: sumOf(m.segments[at : at+2]), Replaced: []string{m.segments[at].Digest, m.segments[at+1].Digest}}
+				cmd.Segment.Digest, cmd.Segment.Bytes = segmentDigest(fmt.Sprint("merged ", m.clock)), 1
+				m.say(&musterpb.Command{Body: &musterpb.Command_MergeSegments{MergeSegments: cmd}})
+			}
+		},
 		"drain": func(t *rapid.T) {
 			m.do(t, "drain", m.anyWorker(t), rapid.SampledFrom([]string{"on", "off", "off"}).Draw(t, "how"))
 		},
@@ -191,6 +207,71 @@ func (m *machine) actions() map[string]func(*rapid.T) {
 			}
 			m.do(t, "deposit", "zeta", "0.01", fmt.Sprintf("id=d%d", m.clock))
 		},
+	}
+}
+
+// seal takes out what is finished, and keeps it as an archive would.
+func (m *machine) seal(t *rapid.T) {
+	found := m.Sealable(rapid.IntRange(1, 20).Draw(t, "limit"))
+	if len(found.Seal.Jobs) == 0 && found.Transfers == 0 && found.Batches == 0 {
+		return
+	}
+	found.Seal.Segment.Digest, found.Seal.Segment.Bytes = segmentDigest(fmt.Sprint("segment ", m.clock)), 1
+	content := slices.Collect(m.SealContent(found.Seal))
+	if got := m.say(&musterpb.Command{Body: &musterpb.Command_Seal{Seal: found.Seal}}); got[0] != "ok" {
+		t.Fatalf("what is sealable was not sealed: %v", got)
+	}
+	m.archive = append(m.archive, content...)
+}
+
+// checkArchive finds everything that ever was in the archive or in the state,
+// once.
+func (m *machine) checkArchive(t *rapid.T) {
+	seen := map[string]int{}
+	count := func(r *musterpb.SnapshotRecord) {
+		switch v := r.Record.(type) {
+		case *musterpb.SnapshotRecord_Job:
+			seen["job "+v.Job.Id]++
+			seen["attempts"] += int(v.Job.Attempts + v.Job.Checks)
+			seen["tasks"] += int(v.Job.NextTask)
+		case *musterpb.SnapshotRecord_Task:
+			seen["tasks"]--
+		case *musterpb.SnapshotRecord_Attempt:
+			seen["attempts"]--
+			seen["attempt "+v.Attempt.Id]++
+		case *musterpb.SnapshotRecord_Check:
+			seen["check "+v.Check.Id]++
+		case *musterpb.SnapshotRecord_Transfer:
+			seen[fmt.Sprint("transfer ", v.Transfer.Id)]++
+		case *musterpb.SnapshotRecord_Batch:
+			seen[fmt.Sprint("batch ", v.Batch.Epoch)]++
+		}
+	}
+	for _, r := range m.archive {
+		count(r)
+	}
+	var all []string
+	for _, id := range keysOf(m.data.jobs) {
+		all = append(all, id)
+	}
+	for r := range m.SealContent(&musterpb.Seal{Jobs: all, ThroughTransfer: m.ledger.Last(), ThroughEpoch: m.epoch}) {
+		count(r)
+	}
+	if seen["attempts"] != 0 || seen["tasks"] != 0 {
+		t.Fatalf("%d attempts and %d tasks more than the jobs say are neither here nor in the archive", seen["attempts"], seen["tasks"])
+	}
+	delete(seen, "attempts")
+	delete(seen, "tasks")
+	for n := range m.ledger.Last() {
+		seen[fmt.Sprint("transfer ", n+1)] += 0
+	}
+	for n := range m.epoch {
+		seen[fmt.Sprint("batch ", n+1)] += 0
+	}
+	for what, n := range seen {
+		if n != 1 {
+			t.Fatalf("%s is there %d times", what, n)
+		}
 	}
 }
 
@@ -280,6 +361,7 @@ func TestRandomLives(t *testing.T) {
 		m := newMachine(t)
 		t.Repeat(m.actions())
 		m.settle(t)
+		m.checkArchive(t)
 		for _, name := range m.ledger.Accounts() {
 			if a := m.ledger.Account(name); a.Held != 0 || a.Expected != 0 || (len(name) > 4 && name[:4] == "job:" && a.Balance != 0) {
 				t.Fatalf("all jobs are settled and %s has %+v", name, a)

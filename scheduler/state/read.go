@@ -82,6 +82,18 @@ func (s *State) Workers() []*musterpb.Worker {
 	return list
 }
 
+// AnyWorker reports whether a worker satisfies f, which is called until one does.
+func (s *State) AnyWorker(f func(*musterpb.Worker) bool) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for w := range s.workers.Values() {
+		if f(w) {
+			return true
+		}
+	}
+	return false
+}
+
 // Records are the track records of an owner.
 func (s *State) Records(owner string) []*musterpb.Record {
 	s.mu.RLock()
@@ -170,9 +182,6 @@ func (s *State) Checks(job string) []*musterpb.Check {
 func (s *State) appendOf(attempts []*musterpb.Attempt, checks []*musterpb.Check, task *musterpb.Task) ([]*musterpb.Attempt, []*musterpb.Check) {
 	for _, id := range task.Attempts {
 		a := s.attempts.Get(id)
-		if a == nil {
-			continue // the job is sealed, and about to go
-		}
 		attempts = append(attempts, a)
 		if a.Batch == 0 {
 			continue // not drawn yet
@@ -180,9 +189,7 @@ func (s *State) appendOf(attempts []*musterpb.Attempt, checks []*musterpb.Check,
 		if c := s.checks.Get(checkID(id)); c != nil {
 			checks = append(checks, c)
 			for _, run := range c.Runs {
-				if a := s.attempts.Get(run); a != nil {
-					attempts = append(attempts, a)
-				}
+				attempts = append(attempts, s.attempts.Get(run))
 			}
 		}
 	}

@@ -3,6 +3,7 @@ package state
 import (
 	"crypto/ed25519"
 	"crypto/sha256"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -77,15 +78,21 @@ func (s *State) deposits(c *musterpb.Deposits) (string, error) {
 	if n := len(c.Deposits); n == 0 || n > MaxDeposits {
 		return "", api.Errorf(api.Invalid, "%d deposits: want 1 to %d at a time", n, MaxDeposits)
 	}
+	which := func(i int) string { // of several
+		if len(c.Deposits) == 1 {
+			return ""
+		}
+		return fmt.Sprintf("deposit %d: ", i+1)
+	}
 	var total api.MicroUSD
 	payments := make([]ledger.Payment, len(c.Deposits))
 	for i, d := range c.Deposits {
 		x, amount := s.index.accounts[d.Account], api.MicroUSD(d.AmountMicroUsd)
 		switch {
 		case x == nil:
-			return "", api.Errorf(api.NotFound, "deposit %d: account %q does not exist", i+1, d.Account)
+			return "", api.Errorf(api.NotFound, "%saccount %q does not exist", which(i), d.Account)
 		case amount <= 0 || amount > maxDeposit:
-			return "", api.Errorf(api.Invalid, "deposit %d, %s for account %s: want more than zero and at most %s", i+1, amount, d.Account, maxDeposit)
+			return "", api.Errorf(api.Invalid, "%samount %s for account %s: want more than zero and at most %s", which(i), amount, d.Account, maxDeposit)
 		}
 		if total += amount; total > maxDeposit {
 			return "", api.Errorf(api.Invalid, "deposits of more than %s: enter at most that much at a time", maxDeposit)

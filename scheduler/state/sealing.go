@@ -1,6 +1,7 @@
 package state
 
 import (
+	"fmt"
 	"iter"
 	"slices"
 
@@ -26,9 +27,10 @@ const (
 	keptBatches = 8
 )
 
-// Sealable is the oldest finished work, with at most about so many attempts but
-// at least one job, if one is settled. Everything of a job leaves at once, and
-// with it, or before it, every transfer up to the one that settled it.
+// Sealable is the oldest finished work, with at most about so many attempts, or
+// with one job that has more. Everything of a job leaves at once, and with it, or
+// before it, every transfer up to the one that settled it: where many transfers
+// wait, some of them go first and alone.
 func (s *State) Sealable(limit int) Sealable {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -177,7 +179,7 @@ func (s *State) seal(c *musterpb.Seal) (string, error) {
 }
 
 func (s *State) checkSeal(c *musterpb.Seal) error {
-	if err := s.checkSegment(c.Segment, nil); err != nil {
+	if err := s.checkSegment(c.Segment); err != nil {
 		return err
 	}
 	if len(c.Jobs) > maxSealedJobs {
@@ -213,23 +215,34 @@ func (s *State) checkSeal(c *musterpb.Seal) error {
 	}
 	want := c.Segment.CloneVT()
 	want.FirstEndedUnixMs, want.LastEndedUnixMs, want.FirstTransfer, want.LastTransfer, want.FirstEpoch, want.LastEpoch = 0, 0, 0, 0, 0, 0
-	if s.describe(c, want); !c.Segment.EqualVT(want) {
-		return api.Errorf(api.Conflict, "segment %s says %v of its content, which is %v", c.Segment.Digest, c.Segment, want)
-	}
-	return nil
+	s.describe(c, want)
+	return checkContent(c.Segment, want)
 }
 
-// checkSegment checks what a segment says of its blob; it may have the digest of
-// one that it replaces.
-func (s *State) checkSegment(segment *musterpb.Segment, replaced []*musterpb.Segment) error {
+// checkContent wants a segment to say of its content what is right.
+func checkContent(segment, want *musterpb.Segment) error {
+	if segment.EqualVT(want) {
+		return nil
+	}
+	return api.Errorf(api.Conflict, "segment %s is said to hold %s; right is %s", segment.Digest, contentOf(segment), contentOf(want))
+}
+
+// contentOf is in words what a segment says of its content. It must not be left
+// to the text format of protobuf, which differs between builds on purpose.
+func contentOf(o *musterpb.Segment) string {
+	return fmt.Sprintf("%d jobs that ended from %d to %d, transfers %d to %d, epochs %d to %d",
+		o.Jobs, o.FirstEndedUnixMs, o.LastEndedUnixMs, o.FirstTransfer, o.LastTransfer, o.FirstEpoch, o.LastEpoch)
+}
+
+// checkSegment checks what a segment says of its blob.
+func (s *State) checkSegment(segment *musterpb.Segment) error {
 	if _, err := api.ParseDigest(segment.GetDigest()); err != nil {
 		return api.Errorf(api.Invalid, "segment: %w", err)
 	}
 	if segment.Bytes <= 0 {
 		return api.Errorf(api.Invalid, "segment %s has %d bytes", segment.Digest, segment.Bytes)
 	}
-	same := func(o *musterpb.Segment) bool { return o.Digest == segment.Digest }
-	if slices.ContainsFunc(s.segments, same) && !slices.ContainsFunc(replaced, same) {
+	if slices.ContainsFunc(s.segments, func(o *musterpb.Segment) bool { return o.Digest == segment.Digest }) {
 		return api.Errorf(api.Conflict, "segment %s is there already", segment.Digest)
 	}
 	return nil
@@ -251,13 +264,13 @@ func (s *State) mergeSegments(c *musterpb.MergeSegments) (string, error) {
 			return "", api.Errorf(api.Conflict, "merging segments: %s is where %s was expected", o.Digest, c.Replaced[i])
 		}
 	}
-	if err := s.checkSegment(c.Segment, replaced); err != nil {
+	if err := s.checkSegment(c.Segment); err != nil {
 		return "", err
 	}
 	want := sumOf(replaced)
 	want.Digest, want.Bytes, want.Level = c.Segment.Digest, c.Segment.Bytes, c.Segment.Level
-	if !c.Segment.EqualVT(want) {
-		return "", api.Errorf(api.Conflict, "segment %s says %v of its content, which is %v", c.Segment.Digest, c.Segment, want)
+	if err := checkContent(c.Segment, want); err != nil {
+		return "", err
 	}
 	s.segments = slices.Concat(s.segments[:at], []*musterpb.Segment{c.Segment}, s.segments[at+len(replaced):])
 	return c.Segment.Digest, nil
@@ -312,7 +325,8 @@ func (s *State) sweep(tasks int) {
 	}
 }
 
-// finishSweep removes what is left of a sealed job, whose ID is used again.
+// finishSweep removes what is left of a sealed job, when an ID of it is used
+// again.
 func (s *State) finishSweep(job string) {
 	if !s.isDropped(job) {
 		return
@@ -325,20 +339,15 @@ func (s *State) finishSweep(job string) {
 	s.sweeps = slices.Delete(s.sweeps, i, i+1)
 }
 
-// remove takes a task of a sealed job out of the tables. An ID may belong to
-// another job's attempt by now.
+// remove takes a task of a sealed job out of the tables.
 func (s *State) remove(job string, number uint32) {
 	key := taskKey{job, number}
 	attempts, checks := s.appendOf(nil, nil, s.tasks.Get(key))
 	for _, a := range attempts {
-		if a.Job == job {
-			s.attempts.Delete(a.Id)
-		}
+		s.attempts.Delete(a.Id)
 	}
 	for _, c := range checks {
-		if c.Job == job {
-			s.checks.Delete(c.Id)
-		}
+		s.checks.Delete(c.Id)
 	}
 	s.tasks.Delete(key)
 }

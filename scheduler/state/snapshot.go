@@ -198,10 +198,10 @@ func (s *State) derive() {
 		if a.Check != "" || !live(a.State) {
 			continue
 		}
-		if a.Batch != 0 {
-			s.countUndecided(a.Batch, 1)
+		if sampled(a) {
+			s.countUndecided(a.Batch, true)
 		}
-		s.indexDue(a, true)
+		s.indexDue(a, a)
 	}
 	for c := range s.checks.Values() {
 		s.indexCheck(c)
@@ -287,8 +287,8 @@ func (d *data) checkAttempts() error {
 		if !d.ledger.Open(a.Hold) {
 			return missing("hold", strconv.FormatUint(a.Hold, 10), "attempt "+id)
 		}
-		if a.Check == "" && a.Batch != 0 && d.batches.Get(a.Batch) == nil {
-			return missing("batch", strconv.FormatUint(a.Batch, 10), "attempt "+id)
+		if sampled(a) && (d.batches.Get(a.Batch) == nil || d.checks.Get(checkID(id)) == nil) {
+			return missing("batch or check", strconv.FormatUint(a.Batch, 10), "attempt "+id)
 		}
 		if job.Settled {
 			return fmt.Errorf("attempt %s is %s and its job is settled", id, StateName(a.State))

@@ -37,6 +37,7 @@ type State struct {
 	journal journal
 	entry   uint64  // counts log entries: a value that this one made may be changed by it again, since nobody saw it
 	sweeps  []sweep // sealed jobs that are not all gone yet; the oldest first
+	sweeper int     // how many of their tasks go with every entry
 
 	changed chan struct{} // closed, and replaced, when commands were applied and somebody waits
 	watched atomic.Bool   // somebody has the channel
@@ -81,7 +82,7 @@ func (k recordKey) hash() uint64 { return table.HashString(k.owner) + table.Hash
 
 // New is the empty state.
 func New() *State {
-	s := &State{data: newData(), index: newIndex(), changed: make(chan struct{})}
+	s := &State{data: newData(), index: newIndex(), sweeper: sweepPerEntry, changed: make(chan struct{})}
 	s.journal.forget()
 	return s
 }
@@ -122,11 +123,11 @@ func (s *State) ApplyAll(cmds []*musterpb.Command) []*musterpb.Answer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.entry++
-	answers := make([]*musterpb.Answer, len(cmds))
+	answers, block := make([]*musterpb.Answer, len(cmds)), make([]musterpb.Answer, len(cmds))
 	for i, cmd := range cmds {
-		answers[i] = s.apply(cmd)
+		answers[i] = s.apply(cmd, &block[i])
 	}
-	s.sweep(sweepPerEntry)
+	s.sweep(s.sweeper)
 	if s.watched.Load() {
 		s.wake()
 	}
@@ -140,7 +141,9 @@ func (s *State) wake() {
 	s.changed = make(chan struct{})
 }
 
-func (s *State) apply(cmd *musterpb.Command) *musterpb.Answer {
+// apply carries out one command and answers it in answer, or with the first
+// answer to its ID.
+func (s *State) apply(cmd *musterpb.Command, answer *musterpb.Answer) *musterpb.Answer {
 	if cmd.Id != "" {
 		if first := s.answered.Get(cmd.Id); first != nil {
 			return first
@@ -148,12 +151,14 @@ func (s *State) apply(cmd *musterpb.Command) *musterpb.Answer {
 	}
 	s.now = max(s.now, cmd.TimeUnixMs)
 	id, err := s.dispatch(cmd)
-	answer := &musterpb.Answer{Id: id}
 	if err != nil {
-		answer = &musterpb.Answer{ErrorKind: uint32(api.KindOf(err)) + 1, Error: err.Error()}
+		answer.ErrorKind, answer.Error = uint32(api.KindOf(err))+1, err.Error()
+	} else {
+		answer.Id = id
 	}
 	if cmd.Id != "" {
-		s.remember(cmd.Id, answer)
+		// One of its own, or all answers to the entry would be remembered with it.
+		s.remember(cmd.Id, &musterpb.Answer{Id: answer.Id, ErrorKind: answer.ErrorKind, Error: answer.Error})
 	}
 	return answer
 }

@@ -321,6 +321,10 @@ func (w *world) build(verb string, a args) *musterpb.Command {
 		return &musterpb.Command{Body: &musterpb.Command_FailBatchClosed{FailBatchClosed: &musterpb.FailBatchClosed{Epoch: epoch, Reason: "none within 2s"}}}
 	case "compare":
 		return w.compare(first, a.words[1:])
+	case "seal":
+		return w.sealCommand(a)
+	case "merge":
+		return w.mergeCommand(a)
 	case "give-up":
 		return &musterpb.Command{Body: &musterpb.Command_GiveUpCheck{GiveUpCheck: &musterpb.GiveUpCheck{Check: first, Reason: "no further owner could run it"}}}
 	}
@@ -415,6 +419,52 @@ func (w *world) revealCommand(node string, a args) *musterpb.Command {
 		r.Value = w.chains[node][n.Reveals+1+uint64(a.int("skip", 0))]
 	}
 	return &musterpb.Command{Body: &musterpb.Command_Reveal{Reveal: &musterpb.RevealValue{Reveal: r}}}
+}
+
+// sealCommand seals what the state finds sealable, with what the words change
+// of it.
+func (w *world) sealCommand(a args) *musterpb.Command {
+	seal := w.Sealable(int(a.int("limit", 1000))).Seal
+	if jobs, given := a.named["jobs"]; given {
+		seal.Jobs = strings.FieldsFunc(jobs, func(r rune) bool { return r == ',' })
+	}
+	segment := seal.Segment
+	segment.Jobs = uint64(a.int("count", int64(len(seal.Jobs))))
+	seal.ThroughTransfer = uint64(a.int("transfer", int64(seal.ThroughTransfer)))
+	seal.ThroughEpoch = uint64(a.int("epoch", int64(seal.ThroughEpoch)))
+	segment.LastTransfer, segment.LastEpoch = seal.ThroughTransfer, seal.ThroughEpoch
+	if w.sealedEpoch < seal.ThroughEpoch {
+		segment.FirstEpoch = w.sealedEpoch + 1
+	}
+	segment.Digest, segment.Bytes = segmentDigest(a.word(0)), a.int("bytes", 100)
+	return &musterpb.Command{Body: &musterpb.Command_Seal{Seal: seal}}
+}
+
+// segmentDigest is the digest of a segment that a transcript calls by a name.
+func segmentDigest(name string) string {
+	if name == "nothing" {
+		return "sha256:nothing"
+	}
+	return string(api.DigestOf([]byte(name)))
+}
+
+// mergeCommand merges the segments that the words name into the first of them.
+func (w *world) mergeCommand(a args) *musterpb.Command {
+	cmd := &musterpb.MergeSegments{}
+	var replaced []*musterpb.Segment
+	for _, name := range a.words[1:] {
+		digest := segmentDigest(name)
+		cmd.Replaced = append(cmd.Replaced, digest)
+		for _, o := range w.Segments() {
+			if o.Digest == digest {
+				replaced = append(replaced, o)
+			}
+		}
+	}
+	cmd.Segment = sumOf(replaced)
+	cmd.Segment.Digest, cmd.Segment.Bytes, cmd.Segment.Level = segmentDigest(a.word(0)), a.int("bytes", 100), 1
+	cmd.Segment.Jobs += uint64(a.int("more", 0))
+	return &musterpb.Command{Body: &musterpb.Command_MergeSegments{MergeSegments: cmd}}
 }
 
 // compare reads "ok" or "mismatch" for all pairs that are missing, or the
@@ -565,6 +615,9 @@ func (w *world) describe() map[string]string {
 		d["3job "+j.Id] = text
 	}
 	for t := range s.tasks.Values() {
+		if s.isDropped(t.Job) {
+			continue
+		}
 		text := StateName(t.State)
 		if t.Result != "" {
 			text += " by " + t.Result
@@ -578,6 +631,9 @@ func (w *world) describe() map[string]string {
 		d[fmt.Sprintf("4task %s/%02d", t.Job, t.Number)] = text
 	}
 	for a := range s.attempts.Values() {
+		if s.isDropped(a.Job) {
+			continue
+		}
 		text := fmt.Sprintf("%s%s on %s", StateName(a.State), because(w.rename(a.Reason)), w.name(a.Worker))
 		if a.Payer == "network" {
 			text += ", at the network's expense"
@@ -588,6 +644,9 @@ func (w *world) describe() map[string]string {
 		d["5attempt "+a.Id] = text
 	}
 	for c := range s.checks.Values() {
+		if s.isDropped(c.Job) {
+			continue
+		}
 		text := fmt.Sprintf("%s%s, %d items of %s", strings.TrimPrefix(c.Verdict.String(), "VERDICT_"), because(c.Reason), len(c.Items), c.Target)
 		if len(c.Runs) > 0 {
 			text += " by " + strings.Join(c.Runs, ", ")
@@ -606,6 +665,10 @@ func (w *world) describe() map[string]string {
 			text += ", everything is checked"
 		}
 		d[fmt.Sprintf("7batch %d", b.Epoch)] = text
+	}
+	for i, o := range s.segments {
+		name := o.Digest[:15]
+		d[fmt.Sprintf("Asegment %d", i+1)] = fmt.Sprintf("%s, level %d: %s", name, o.Level, contentOf(o))
 	}
 	for k, r := range s.data.records.All() {
 		d["8record "+k.owner] = fmt.Sprintf("%d passed, %d offences (%s)", r.Passed, r.Offences, k.class)

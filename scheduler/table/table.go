@@ -9,15 +9,19 @@ import (
 	"math/bits"
 )
 
-// shards is how many parts a Map has. With a million entries the first write to
-// a part after a copy costs a third of a millisecond.
-const shards = 1 << 10
+const (
+	// whole is how many entries a Map has before it is divided.
+	whole = 1 << 10
+	// shards is how many parts it is divided into. With a million entries the first
+	// write to a part after a copy costs a tenth of a millisecond.
+	shards = 1 << 10
+)
 
 // Map is a map from K to V. Like Go's own it is not safe for concurrent use, and
 // its order is random. The zero value can't be used; see New.
 type Map[K comparable, V any] struct {
 	hash   func(K) uint64
-	shards []shard[K, V]
+	shards []shard[K, V] // one, or as many as the constant says
 	len    int
 	round  uint64 // how often the map was copied
 }
@@ -31,15 +35,23 @@ type shard[K comparable, V any] struct {
 
 // New is an empty map; hash spreads its keys over the parts.
 func New[K comparable, V any](hash func(K) uint64) *Map[K, V] {
-	return &Map[K, V]{hash: hash, shards: make([]shard[K, V], shards)}
+	return &Map[K, V]{hash: hash, shards: make([]shard[K, V], 1)}
+}
+
+// of is the part of a key.
+func (m *Map[K, V]) of(k K) *shard[K, V] {
+	if len(m.shards) == 1 {
+		return &m.shards[0]
+	}
+	return &m.shards[m.hash(k)%shards]
 }
 
 // Get is the value of a key, or the zero value.
-func (m *Map[K, V]) Get(k K) V { return m.shards[m.hash(k)%shards].entries[k] }
+func (m *Map[K, V]) Get(k K) V { return m.of(k).entries[k] }
 
 // Find is Get that says whether the key is there.
 func (m *Map[K, V]) Find(k K) (V, bool) {
-	v, ok := m.shards[m.hash(k)%shards].entries[k]
+	v, ok := m.of(k).entries[k]
 	return v, ok
 }
 
@@ -51,7 +63,9 @@ func (m *Map[K, V]) Set(k K, v V) {
 	own := m.own(k)
 	before := len(own)
 	own[k] = v
-	m.len += len(own) - before
+	if m.len += len(own) - before; m.len > whole && len(m.shards) == 1 {
+		m.divide()
+	}
 }
 
 // Delete removes a key, if it is there.
@@ -63,9 +77,9 @@ func (m *Map[K, V]) Delete(k K) {
 	m.len--
 }
 
-// own is the part of a key, no copy of the map shares it.
+// own is the part of a key, once no copy of the map shares it.
 func (m *Map[K, V]) own(k K) map[K]V {
-	s := &m.shards[m.hash(k)%shards]
+	s := m.of(k)
 	if s.round != m.round || s.entries == nil {
 		if s.entries = maps.Clone(s.entries); s.entries == nil {
 			s.entries = map[K]V{}
@@ -73,6 +87,15 @@ func (m *Map[K, V]) own(k K) map[K]V {
 		s.round = m.round
 	}
 	return s.entries
+}
+
+// divide makes parts of a map that has become large. It stays divided.
+func (m *Map[K, V]) divide() {
+	all := m.shards[0].entries
+	m.shards, m.len = make([]shard[K, V], shards), 0
+	for k, v := range all {
+		m.Set(k, v)
+	}
 }
 
 // Copy is a map with the same content. Neither sees what is written to the

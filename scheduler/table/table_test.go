@@ -26,6 +26,14 @@ func TestCopies(t *testing.T) {
 				p.got.Set(k, v)
 				p.want[k] = v
 			},
+			"set many": func(t *rapid.T) {
+				p, _ := draw()
+				for i := range rapid.SampledFrom([]int{10, whole + 1}).Draw(t, "keys") {
+					key := fmt.Sprint("key-", i)
+					p.got.Set(key, i)
+					p.want[key] = i
+				}
+			},
 			"delete": func(*rapid.T) {
 				p, k := draw()
 				p.got.Delete(k)

@@ -165,9 +165,19 @@ func (n *Network) UntilCommittee(ctx context.Context) error {
 	})
 }
 
-// Leader is the number of the scheduler that leads, as most of those that
-// answer say.
-func (n *Network) Leader(ctx context.Context) (int, error) {
+// Leader is the number of the scheduler that leads, as most of all say; it waits
+// for an election to end.
+func (n *Network) Leader(ctx context.Context) (leader int, err error) {
+	waiting, cancel := context.WithTimeout(ctx, startWithin)
+	defer cancel()
+	err = Poll(waiting, 10*time.Millisecond, func() (bool, error) {
+		leader, err = n.leader(waiting)
+		return err == nil, err
+	})
+	return leader, err
+}
+
+func (n *Network) leader(ctx context.Context) (int, error) {
 	said := make([]int, len(n.Addresses))
 	for i := range n.Addresses {
 		m, err := n.status(ctx, n.light[i])

@@ -85,8 +85,13 @@ func (n *Network) Vars(ctx context.Context, i int, collect bool) (node.Vars, err
 func (n *Network) Profile(ctx context.Context, i, seconds int, cpu, heap string) error {
 	return errors.Join(
 		n.get(ctx, i, "/debug/pprof/profile?seconds="+strconv.Itoa(seconds), func(r io.Reader) error { return save(cpu, r) }),
-		n.get(ctx, i, "/debug/pprof/heap", func(r io.Reader) error { return save(heap, r) }),
+		n.HeapProfile(ctx, i, heap),
 	)
+}
+
+// HeapProfile writes a heap profile of one scheduler.
+func (n *Network) HeapProfile(ctx context.Context, i int, path string) error {
+	return n.get(ctx, i, "/debug/pprof/heap", func(r io.Reader) error { return save(path, r) })
 }
 
 func (n *Network) get(ctx context.Context, i int, path string, read func(io.Reader) error) error {

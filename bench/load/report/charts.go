@@ -46,6 +46,7 @@ func (r *Results) Charts(dir string) error {
 			continue
 		}
 		p.BackgroundColor = color.White
+		p.Title.Padding = vg.Points(8)
 		if err := p.Save(chartWidth, chartHeight, path); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
@@ -82,6 +83,7 @@ func (r *Results) bars(title, y string, list []bar) (*plot.Plot, error) {
 		return nil, nil
 	}
 	p.NominalX(labels...)
+	p.X.Min, p.X.Max = -0.6, float64(len(labels))-0.4
 	return p, nil
 }
 
@@ -102,12 +104,21 @@ func (r *Results) cpuChart() (*plot.Plot, error) {
 	})
 }
 
-// limitChart compares with raw Raft.
+// limitChart compares with raw Raft, which is 1.
 func (r *Results) limitChart() (*plot.Plot, error) {
-	return r.bars("Compared with raw Raft in the same run", "per second", []bar{
-		{"commands", "lifecycle_commands_per_s", blue}, {"raw Raft", "raw_raft_commands_per_s", grey},
-		{"transfers", "transfers_per_s", blue}, {"raw Raft", "raw_raft_transfers_per_s", grey},
+	label := func(what, key, limit string) string {
+		v, _ := r.Get(key)
+		of, _ := r.Get(limit)
+		return fmt.Sprintf("%s:\n%s/s of %s/s", what, number(v), number(of))
+	}
+	p, err := r.bars("Share of what raw Raft does in the same run", "ratio", []bar{
+		{label("commands of tasks' lives", "lifecycle_commands_per_s", "raw_raft_commands_per_s"), "lifecycle_share_of_raw_raft", blue},
+		{label("transfers in the ledger", "transfers_per_s", "raw_raft_transfers_per_s"), "transfers_share_of_raw_raft", green},
 	})
+	if p != nil {
+		p.Y.Max = 1
+	}
+	return p, err
 }
 
 // growthChart is what grows with work that waits, with history, and with the

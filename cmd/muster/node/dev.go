@@ -34,6 +34,7 @@ type Dev struct {
 	Cheat      []string // the last worker cheats in these ways
 	Runtime    string
 	Detector   gpu.Detector
+	SealAfter  time.Duration // 0 is the default
 	Logger     *slog.Logger
 	// Ready is called once the network takes jobs.
 	Ready func(addresses []string, key string)
@@ -106,10 +107,12 @@ func stopped(ctx context.Context, err error) error {
 // join it.
 func (c Dev) startSchedulers(ctx context.Context, g *errgroup.Group, file *devFile) error {
 	ready := make(chan Info, c.Schedulers)
+	timing := DevTiming
+	timing.SealAfter = c.SealAfter
 	for i := range c.Schedulers {
 		s := Scheduler{
 			Dir: filepath.Join(c.Dir, "scheduler-"+strconv.Itoa(i+1)), Listen: file.API[i], RaftListen: file.Raft[i],
-			Timing: DevTiming, Logger: c.Logger.With("scheduler", i+1), Ready: func(info Info) { ready <- info }, Key: file.AdminKey,
+			Timing: timing, Logger: c.Logger.With("scheduler", i+1), Ready: func(info Info) { ready <- info }, Key: file.AdminKey,
 		}
 		if i > 0 {
 			s.Join = file.API[:1]

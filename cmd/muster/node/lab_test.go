@@ -34,6 +34,7 @@ import (
 var quick = scheduler.Timing{
 	LeaseTTL: 2 * time.Second, ReconnectGrace: 700 * time.Millisecond, RevealTimeout: time.Second,
 	BatchInterval: 20 * time.Millisecond, DisputePatience: 5 * time.Second, Handshake: time.Second,
+	SealAfter: 100 * time.Millisecond, SegmentGrace: time.Second, // so that tests ask about sealed jobs, too
 }
 
 const patience = 60 * time.Second
