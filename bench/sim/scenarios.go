@@ -162,6 +162,9 @@ func gpus(n *network, atOnce uint32, vramGB int64) (count int) {
 	return count
 }
 
+// jobsPerKind is how many jobs of each kind a customer has.
+const jobsPerKind = 5
+
 // measureMakespan runs a finite load to its end and compares with the shortest
 // time that its GPU seconds could take: for every demand, the work that asks
 // for at least as much over the devices that satisfy it.
@@ -172,14 +175,22 @@ func measureMakespan(seed uint64, workers, tasks int) (overBound float64, decisi
 		customers = append(customers, shuffleKey(i))
 	}
 	n := newNetwork(seed, workers, customers)
+	n.undrawn = true // else the end is that of checks which have one machine to run on
 	var runs []run
 	n.placed = func(r run) { runs = append(runs, r) }
 	weights := map[string]int{"gpu1": 40, "gpu1-24gb": 25, "gpu1-80gb": 10, "gpu2": 15, "gpu4": 6, "gpu8": 4}
 	startMS := n.nowMS
-	for i, k := range kinds {
-		for c := range customers {
-			n.submit(customers[(i+c)%len(customers)], k, uint64(tasks*weights[k.name]/100/len(customers)), nil)
+	// Within an account the older job goes first, so the order says how long the
+	// largest tasks wait for their turn: none in particular.
+	var jobs []kind
+	for _, k := range kinds {
+		for range jobsPerKind * len(customers) {
+			jobs = append(jobs, k)
 		}
+	}
+	n.rng.Shuffle(len(jobs), func(a, b int) { jobs[a], jobs[b] = jobs[b], jobs[a] })
+	for i, k := range jobs {
+		n.submit(customers[i%len(customers)], k, uint64(max(tasks*weights[k.name]/100/len(customers)/jobsPerKind, 1)), nil)
 	}
 	for n.place() > 0 {
 	}

@@ -82,7 +82,7 @@ func benchmarkPlace(b *testing.B, workers int, change func(*musterpb.Job)) {
 			e.SetUsage(p.Job.Account, e.accounts[p.Job.Account].units-1)
 			if spreads(p.Job) {
 				c := e.countsOf(p.Job)
-				c.decided = c.decided[:0]
+				c.isDecided(spot{p.Worker, w.Owner})
 				e.spread(c, spot{p.Worker, w.Owner}, -1)
 			}
 		}

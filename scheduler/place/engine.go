@@ -127,6 +127,7 @@ func (e *Engine) addMachine(w *Worker) *machine {
 	e.byID[w.Id] = m
 	e.touch(m)
 	m.fixed = m.seq
+	e.joined(m)
 	return m
 }
 
@@ -382,8 +383,8 @@ func (e *Engine) SetUsage(account string, units int64) {
 }
 
 // SetAttempt says how an attempt is now. Only those of jobs that spread are
-// counted; a call for another is free. After SetJob, all live attempts of the
-// job have to be known, since it forgets what Plan decided.
+// counted; a call for another is free. It comes before SetTasks or SetJob, which
+// forget what Plan decided and no attempt was told of.
 func (e *Engine) SetAttempt(job *musterpb.Job, a *musterpb.Attempt) {
 	if !spreads(job) {
 		return
@@ -393,8 +394,9 @@ func (e *Engine) SetAttempt(job *musterpb.Job, a *musterpb.Attempt) {
 	running := a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED || a.State == musterpb.AttemptState_ATTEMPT_STATE_RUNNING
 	switch at := (spot{a.Worker, a.Owner}); {
 	case running && !known:
-		c.live[a.Id] = at
-		e.spread(c, at, 1)
+		if c.live[a.Id] = at; !c.isDecided(at) {
+			e.spread(c, at, 1)
+		}
 	case !running && known:
 		delete(c.live, a.Id)
 		e.spread(c, at, -1)
@@ -409,7 +411,7 @@ func spreads(job *musterpb.Job) bool {
 func (e *Engine) countsOf(job *musterpb.Job) *counts {
 	c := e.counts[job.Id]
 	if c == nil {
-		c = &counts{by: job.Spec.Placement.Spread, byWorker: map[string]int64{}, byOwner: map[string]int64{}, live: map[string]spot{}}
+		c = newCounts(job.Spec.Placement.Spread)
 		e.counts[job.Id] = c
 	}
 	return c
@@ -421,14 +423,6 @@ func (e *Engine) dropCounts(job string) {
 			c.order.drop()
 		}
 		delete(e.counts, job)
-	}
-}
-
-// spread counts an attempt of a job that spreads.
-func (e *Engine) spread(c *counts, at spot, n int64) {
-	c.add(at, n)
-	if m := e.byID[at.worker]; m != nil {
-		e.touch(m)
 	}
 }
 
@@ -532,7 +526,7 @@ func (e *Engine) placeTask(j *queuedJob, task uint32, avoid []string) Placement 
 	if c := j.counts; c != nil {
 		at := spot{m.Id, m.Owner}
 		c.decided = append(c.decided, at)
-		c.add(at, 1)
+		e.spread(c, at, 1)
 	}
 	if !j.hasTasks() {
 		e.dequeue(j.tasks)
@@ -543,20 +537,27 @@ func (e *Engine) placeTask(j *queuedJob, task uint32, avoid []string) Placement 
 // bestFor is the best machine for a task; there is one that is ready.
 func (e *Engine) bestFor(j *queuedJob, avoid []string) *machine {
 	j.order = e.orderOf(j.shape, j.order, j.orderKey, j, nil)
-	c := j.counts
+	o, c := j.order, j.counts
 	switch {
-	case len(j.shape.ready) <= e.scanned:
-		return j.order.scan(c, avoid)
 	case c == nil:
-		j.order.catchUp()
-		return j.order.best(avoid)
-	case len(c.byWorker) <= e.narrow && len(avoid) == 0:
-		j.order.catchUp()
-		return j.order.bestSpread(c)
+		if o.scans() {
+			return o.scan(nil, avoid)
+		}
+	case len(j.shape.ready) <= e.scanned:
+		return o.scan(c, avoid)
+	case c.places() <= e.narrow && len(avoid) == 0:
+		o.catchUp()
+		return o.bestSpread(c)
+	default:
+		if c.order == nil || c.order.gone {
+			c.order = e.orderOf(j.shape, nil, j.orderKey+"of "+j.Id, j, c)
+		}
+		if o = c.order; o.scans() {
+			return o.scan(c, avoid)
+		}
 	}
-	c.order = e.orderOf(j.shape, c.order, j.orderKey+"of "+j.Id, j, c)
-	c.order.catchUp()
-	return c.order.best(avoid)
+	o.catchUp()
+	return o.best(avoid)
 }
 
 // orderOf is an order as it was used last, unless that is gone.

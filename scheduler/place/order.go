@@ -23,6 +23,7 @@ type order struct {
 	counts     *counts // of the one job that spreads widely, nil for others
 
 	seen   uint64 // change of a machine up to which the rest is right
+	debt   uint64 // machines that were looked at one by one since
 	used   uint64 // when it was asked last, in the engine's ticks
 	gone   bool   // dropped from its shape
 	at     []rank // by slot
@@ -61,7 +62,6 @@ func (s *score) less(o *score) bool {
 type branch struct {
 	machines []int32 // heap of slots
 	pos      int32   // in the heap of owners; only while there are machines
-	count    uint32  // attempts of the job that spreads over owners
 }
 
 // peak is an owner's best machine, beside those of others: what is compared
@@ -128,7 +128,22 @@ func (o *order) catchUp() {
 	for m := e.newest; m != nil && m.seq > o.seen; m = m.older {
 		o.update(m)
 	}
-	o.seen = e.seq
+	o.seen, o.debt = e.seq, 0
+}
+
+// scans reports whether it is cheaper to look at all machines that are ready
+// than to take up all that changed. What was spent on the former counts, so
+// that together they cost no more than twice the better choice.
+func (o *order) scans() bool {
+	n := uint64(len(o.shape.ready))
+	if n <= uint64(o.e.scanned) {
+		return true
+	}
+	if o.debt+n > o.e.seq-o.seen {
+		return false
+	}
+	o.debt += n
+	return true
 }
 
 func (o *order) update(m *machine) {
@@ -137,15 +152,12 @@ func (o *order) update(m *machine) {
 	if !at.known {
 		at.known, at.pos = true, -1
 	}
-	if o.counts != nil && o.counts.by == musterpb.Spread_SPREAD_OWNER {
-		o.recount(m.owner)
-	}
 	if o.shape.at[m.slot].state != ready {
 		o.out(m)
 		return
 	}
 	if at.score = o.scoreOf(m); o.counts != nil && o.counts.by == musterpb.Spread_SPREAD_WORKER {
-		at.score.spread(o.counts.byWorker[m.Id])
+		at.score.spread(o.counts.of(m))
 	}
 	o.in(m)
 }
@@ -201,12 +213,10 @@ func (o *order) affinity(m *machine) (sum int64) {
 	return min(max(sum, -maxAffinity+1), maxAffinity-1)
 }
 
+// recount takes up that the job has more or fewer attempts with an owner.
 func (o *order) recount(owner int32) {
-	b := &o.owners[owner]
-	if n := uint32(min(o.counts.byOwner[o.e.names.ownerOf[owner]], maxSpread)); n != b.count {
-		if b.count = n; len(b.machines) > 0 {
-			o.lift(owner)
-		}
+	if int(owner) < len(o.owners) && len(o.owners[owner].machines) > 0 {
+		o.lift(owner)
 	}
 }
 
@@ -215,7 +225,9 @@ func (o *order) lift(owner int32) {
 	b := &o.owners[owner]
 	slot := b.machines[0]
 	p := peak{score: o.at[slot].score, rank: o.e.machines[slot].rank, owner: owner, slot: slot}
-	p.spread(int64(b.count))
+	if o.counts != nil && o.counts.by == musterpb.Spread_SPREAD_OWNER {
+		p.spread(o.counts.of(o.e.machines[slot]))
+	}
 	if at := &o.top[b.pos]; *at != p {
 		*at = p
 		o.fixTop(b.pos)
@@ -354,7 +366,7 @@ func (o *order) elsewhere(c *counts, heap []int32, at int, best int32) int32 {
 	if at >= len(heap) || (best != noSlot && !o.machineLess(heap[at], best)) {
 		return best
 	}
-	if c.byWorker[o.e.machines[heap[at]].Id] == 0 {
+	if c.of(o.e.machines[heap[at]]) == 0 {
 		return heap[at]
 	}
 	return o.elsewhere(c, heap, 2*at+2, o.elsewhere(c, heap, 2*at+1, best))

@@ -308,36 +308,3 @@ func (g *gate) review(e *Engine) {
 		return !l.listed
 	})
 }
-
-// counts is how many attempts of a job that spreads are on each worker, and on
-// those of each owner: those that the engine was told of, and those that it
-// has decided since it was told.
-type counts struct {
-	by       musterpb.Spread
-	byWorker map[string]int64
-	byOwner  map[string]int64
-	live     map[string]spot // by attempt
-	decided  []spot
-	order    *order // of this job alone, where it has many attempts; may be gone by now
-}
-
-type spot struct{ worker, owner string }
-
-// of is how many count for a machine.
-func (c *counts) of(m *machine) int64 {
-	if c.by == musterpb.Spread_SPREAD_OWNER {
-		return c.byOwner[m.Owner]
-	}
-	return c.byWorker[m.Id]
-}
-
-func (c *counts) add(s spot, n int64) {
-	for _, x := range []struct {
-		m    map[string]int64
-		name string
-	}{{c.byWorker, s.worker}, {c.byOwner, s.owner}} {
-		if x.m[x.name] += n; x.m[x.name] == 0 {
-			delete(x.m, x.name)
-		}
-	}
-}
