@@ -296,8 +296,6 @@ func lanes(t *testing.T, wrap func(i int, h http.Handler) http.Handler) (custome
 	return serve(t, HTTPConfig{}, handlers[0]), dirs, stores
 }
 
-func plain(_ int, h http.Handler) http.Handler { return h }
-
 // A large blob reaches the replicas while it comes in: none of them asks for it
 // afterwards.
 func TestReplicasGetTheStream(t *testing.T) {
@@ -404,7 +402,7 @@ func TestReplicatedStreamsFail(t *testing.T) {
 	noLeftovers(t, dirs[0]) // a peer that was given up while it began keeps a name for an hour
 }
 
-// session talks to a Handler about uploads.
+// client talks to a Handler about uploads.
 type client struct {
 	t testing.TB
 	h http.Handler
@@ -527,10 +525,7 @@ func TestUploadIsTakenOver(t *testing.T) {
 	defer u.discard()
 	pr, pw := io.Pipe()
 	first := make(chan error, 1)
-	sent := make(chan struct{})
-	go func() {
-		first <- u.append(newIntake(t.Context(), &signalled{r: pr, sent: sent}, NoLimit))
-	}()
+	go func() { first <- u.append(newIntake(t.Context(), pr, NoLimit)) }()
 	if _, err := pw.Write([]byte("hello")); err != nil {
 		t.Fatal(err)
 	}
@@ -560,18 +555,6 @@ func TestUploadIsTakenOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	testReader(t, store, digest, "helloworld")
-}
-
-type signalled struct {
-	r    io.Reader
-	once sync.Once
-	sent chan struct{}
-}
-
-func (s *signalled) Read(p []byte) (int, error) {
-	n, err := s.r.Read(p)
-	s.once.Do(func() { close(s.sent) })
-	return n, err
 }
 
 // A transfer that stands still is cut, by either side.

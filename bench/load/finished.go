@@ -14,7 +14,7 @@ const (
 	finishedFew  = 10_000
 	finishedMany = 1_000_000
 	// finishedWithin bounds what the standard set spends on it.
-	finishedWithin = 130 * time.Second
+	finishedWithin = 110 * time.Second
 	// sealedWithin is how long finished work may take to leave the memory, once
 	// it is old enough.
 	sealedWithin = 20 * time.Second

@@ -26,8 +26,10 @@ const (
 	restartWorkers = 1000
 	restartWithin  = 2 * time.Minute
 	// together is how many commands one proposal carries.
-	together  = 2048
-	snapshots = 9
+	together = 2048
+	// snapshots are taken, and so many commands follow each.
+	snapshots      = 5
+	pausedCommands = 2000
 )
 
 // restart measures how long a scheduler with 1,000,000 live tasks takes from
@@ -146,22 +148,37 @@ func (b *bench) fill(ctx context.Context, w *world, rep *replica.Replica, st *st
 	return nil
 }
 
-// pause measures how long a snapshot keeps Apply from going on: Raft takes it
-// between two entries. The median of some; what is written later runs beside
-// Apply.
+// pause measures how long a snapshot keeps Apply from going on: taking it, which
+// Raft does between two entries, and the slowest of the commands that follow,
+// each of which may have to copy what the snapshot still holds. Of several
+// rounds it is the median. The commands go to this process's state alone, which
+// nobody uses afterwards.
 func (b *bench) pause(key string, tasks int, st *state.State) {
-	var ms []float64
-	for range snapshots {
+	var ms, taking []float64
+	for round := range snapshots {
 		runtime.GC() // minutes lie between real ones, and no garbage of the one before
 		began := time.Now()
 		s := st.Snapshot()
-		ms = append(ms, time.Since(began).Seconds()*1e3)
-		if len(ms) == 1 {
+		took := time.Since(began)
+		taking = append(taking, took.Seconds()*1e3)
+		slowest := time.Duration(0)
+		for i := range pausedCommands {
+			n := (i*(tasks/pausedCommands) + round) % tasks
+			cmd := &musterpb.Command{TimeUnixMs: st.Now(), Body: &musterpb.Command_EndAttempt{EndAttempt: &musterpb.EndAttempt{
+				Attempt: "att-" + strconv.Itoa(n), State: musterpb.AttemptState_ATTEMPT_STATE_LOST, Blame: musterpb.Blame_BLAME_NETWORK, Blameless: true,
+			}}}
+			began := time.Now()
+			st.Apply(cmd)
+			slowest = max(slowest, time.Since(began))
+		}
+		ms = append(ms, (took+slowest).Seconds()*1e3)
+		if round == 0 {
 			began = time.Now()
 			err := s.Write(io.Discard)
 			b.logf("writing a snapshot of %d live tasks: %.1f s, %v", tasks, time.Since(began).Seconds(), err)
 		}
+		runtime.KeepAlive(s)
 	}
 	b.results.Set(key, quantile(ms, 0.5))
-	b.logf("snapshot of %d live tasks: %s", tasks, summary(ms))
+	b.logf("snapshot of %d live tasks: taking it and the slowest command after it %s; taking it alone %s", tasks, summary(ms), summary(taking))
 }

@@ -37,7 +37,7 @@ var Keys = append([]Key{
 	{Name: "heap_bytes_per_live_attempt", Unit: "B", Target: 1_500, AtMost: true, Meaning: "leader's heap per running attempt, with its task, hold and lease"},
 	{Name: "heap_bytes_per_idle_worker", Unit: "B", Target: 100_000, AtMost: true, Meaning: "leader's heap per connected worker without work"},
 	{Name: "heap_growth_finished", Unit: "ratio", Target: 1.1, AtMost: true, Meaning: "leader's heap after 1,000,000 finished tasks over that after 10,000"},
-	{Name: "snapshot_pause_ms", Unit: "ms", Target: 25, AtMost: true, Meaning: "how long Apply waits for a snapshot of 1,000,000 live objects: 500,000 tasks and their attempts"},
+	{Name: "snapshot_pause_ms", Unit: "ms", Target: 25, AtMost: true, Meaning: "how long a snapshot of 1,000,000 live objects (500,000 tasks and their attempts) holds Apply up: taking it, and the slowest of 2,000 commands after it"},
 	{Name: "restart_s", Unit: "s", Target: 10, AtMost: true, Meaning: "start of a scheduler with 1,000,000 live tasks on its disk until it answers a linearizable read"},
 	{Name: "place_growth_10k", Unit: "ratio", Target: 2, AtMost: true, Meaning: "cost of a placement decision with 10,000 workers over that with 100 (bench/sim)"},
 	{Name: "blob_share_of_copy", Unit: "ratio", Target: 0.8, Meaning: "rate of 1 GiB from the submitter to a worker's disk over a plain HTTP copy with SHA-256 and as many copies"},
