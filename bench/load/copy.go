@@ -24,6 +24,7 @@ const copyBytes = 1 << 30
 // the submitter through one scheduler to a file of a worker, against a plain
 // copy by HTTP that makes the same copies: a PUT whose receiver computes
 // SHA-256, writes the file and syncs it, and a GET whose receiver does the same.
+// There is one scheduler: with three, a majority has to have the bytes.
 // With --full each is done three times, by turns, and the fastest counts.
 func (b *bench) copies(ctx context.Context) (err error) {
 	w, err := newWorld(ctx, b, 1, 0)

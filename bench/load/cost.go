@@ -20,9 +20,9 @@ const (
 )
 
 // cost measures whether a task costs more because many others wait: schedulers'
-// CPU per verified task while a job of 1,000,000 items is worked on, over that
-// of jobs of 10,000 items one after the other. Both are measured twice, by
-// turns, on the same network.
+// CPU per verified task of jobs of 1,000 items, while a job of 1,000,000 items
+// waits beside them that no worker can run, over the same with one of 10,000
+// items. Both are measured twice, by turns, on the same network.
 func (b *bench) cost(ctx context.Context) (err error) {
 	w, err := newWarmWorld(ctx, b, b.schedulers, costWorkers, costSlots)
 	if err != nil {
@@ -38,22 +38,25 @@ func (b *bench) cost(ctx context.Context) (err error) {
 			}
 			cpu[kind] += used.Seconds() * 1e6
 			tasks[kind] += float64(done)
-			b.logf("jobs of %d items: %.1f µs/task of the schedulers' CPU, %.0f tasks/s", items, used.Seconds()*1e6/float64(done), float64(done)/costDuration.Seconds())
+			b.logf("while %d items wait: %.1f µs/task of the schedulers' CPU, %.0f tasks/s", items, used.Seconds()*1e6/float64(done), float64(done)/costDuration.Seconds())
 		}
 	}
 	b.results.Set("cost_us_per_task_10k", cpu[0]/tasks[0])
 	b.results.Set("cost_us_per_task_1m", cpu[1]/tasks[1])
 	b.results.Set("cost_growth_1m", cpu[1]/tasks[1]/(cpu[0]/tasks[0]))
-	return w.checkAll(ctx)
+	return w.checkAll(ctx, sampledJobs)
 }
 
-// costOf works on jobs of so many items for a while and then gives up what is
-// left of them.
+// costOf works on jobs for a while, beside one of so many items that waits, and
+// then gives up what is left.
 func (w *world) costOf(ctx context.Context, items int) (cpu time.Duration, tasks int, err error) {
+	if err := w.submitNowhere(ctx, items); err != nil {
+		return 0, 0, err
+	}
 	feed, stop := context.WithCancel(ctx)
 	defer stop()
 	fed := make(chan error, 1)
-	go func() { fed <- w.keepTwo(ctx, feed, items) }()
+	go func() { fed <- w.keepBusy(ctx, feed) }()
 	if err := sleep(ctx, time.Second); err != nil {
 		return 0, 0, err
 	}
@@ -81,20 +84,26 @@ func (w *world) costOf(ctx context.Context, items int) (cpu time.Duration, tasks
 	return cpu, to.verified - from.verified, nil
 }
 
-// keepTwo keeps jobs of so many items queued until feed ends: one that is
-// worked on, and the next. Of a million items there is one, which outlasts the
-// measurement.
-func (w *world) keepTwo(ctx, feed context.Context, items int) error {
+// submitNowhere submits a job that no worker can run.
+func (w *world) submitNowhere(ctx context.Context, items int) error {
+	nowhere := w.jobs.add(items)
+	spec := w.spec(nowhere)
+	spec.Resources.Gpus = 1 // no worker has one
+	return w.jobs.submit(ctx, nowhere, spec)
+}
+
+// keepBusy keeps more tasks queued than the fleet can hold until feed ends.
+func (w *world) keepBusy(ctx, feed context.Context) error {
 	for feed.Err() == nil {
 		if err := w.jobs.look(ctx, false); err != nil {
 			return err
 		}
-		for w.jobs.outstanding() < 2 && (items == fewItems || w.jobs.outstanding() < 1) {
-			if _, err := w.submit(ctx, items); err != nil {
+		for w.jobs.outstanding() < 1+2*costWorkers*costSlots/tasksPerJob { // and the one that waits
+			if _, err := w.submit(ctx, tasksPerJob); err != nil {
 				return err
 			}
 		}
-		if sleep(feed, 10*time.Millisecond) != nil {
+		if sleep(feed, 20*time.Millisecond) != nil {
 			return nil
 		}
 	}

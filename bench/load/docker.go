@@ -82,6 +82,7 @@ func (b *bench) docker(ctx context.Context) (err error) {
 		}
 		plain = append(plain, ms)
 	}
+	b.results.Set("docker_starts", float64(len(muster)))
 	b.results.Distribution("docker_start_ms", muster)
 	b.results.Distribution("docker_plain_ms", plain)
 	b.results.Set("start_overhead_ms_p50", quantile(muster, 0.5)-quantile(plain, 0.5))

@@ -15,6 +15,7 @@ const (
 	failoverSlots   = 4
 	failoverRuntime = 100 * time.Millisecond
 	failoverWithin  = 30 * time.Second
+	failoverKills   = 20
 )
 
 // failover kills the leading process with -9 while the network is busy, again
@@ -32,13 +33,9 @@ func (b *bench) failover(ctx context.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
 	w.fleet.SetRuntime(failoverRuntime)
-	kills := 5
-	if b.full {
-		kills = 20
-	}
 	var took []float64
 	err = w.underLoad(ctx, func(ctx context.Context) error {
-		for range kills {
+		for range failoverKills {
 			if err := sleep(ctx, time.Second); err != nil {
 				return err
 			}
@@ -56,7 +53,7 @@ func (b *bench) failover(ctx context.Context) (err error) {
 	b.results.Distribution("failover_ms", took)
 	b.results.Set("failover_kills", float64(len(took)))
 	b.logf("leader killed to first placement by the next: %s: %.0f", summary(took), took)
-	return w.checkAll(ctx)
+	return w.checkAll(ctx, sampledJobs)
 }
 
 // sighting is an attempt that came to a worker.

@@ -43,9 +43,10 @@ func (b *bench) instant(ctx context.Context) (err error) {
 	}
 	list := w.jobs.assigned.take()
 	b.results.Distribution("start_instant_ms", list)
+	b.results.Set("start_instant_starts", float64(len(list)))
 	b.logf("submit to start: %s; of that the call: %s", summary(list), summary(w.jobs.submits.take()))
 	if err := w.jobs.waitSettled(ctx); err != nil {
 		return err
 	}
-	return w.checkAll(ctx)
+	return w.checkAll(ctx, sampledJobs)
 }

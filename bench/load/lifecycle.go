@@ -52,7 +52,7 @@ func (b *bench) lifecycle(ctx context.Context) (err error) {
 	if err := w.stages(ctx); err != nil {
 		return err
 	}
-	if err := w.checkAll(ctx); err != nil {
+	if err := w.checkAll(ctx, everyJob); err != nil {
 		return err
 	}
 	if err := w.close(); err != nil {
@@ -355,12 +355,19 @@ func (w *world) stages(ctx context.Context) error {
 	return nil
 }
 
+// stageOf is the stage that a kind of command belongs to. Payments follow from
+// the draw and the verdict: no command carries them.
+var stageOf = map[string]string{
+	"SubmitJob": "submit", "PlaceAttempt": "place", "StartAttempt": "start", "CommitResult": "commit",
+	"CloseBatch": "draw", "Reveal": "draw", "RecordComparisons": "verdict",
+}
+
 // readLog counts what the leader wrote into its log while throughput was
 // measured. Where a snapshot has replaced a part of that, the rest stands for it.
 func (w *world) readLog(s span) error {
 	b := w.bench
 	entries, commands, size, drawn, checked, paid := 0, 0, 0, 0, 0, 0
-	kinds := map[string]int{}
+	kinds, bytes := map[string]int{}, map[string]int{}
 	first, err := rawraft.ReadLog(filepath.Join(w.net.DataDir(s.leader), "raft", "wal"), s.after, s.through, func(data []byte) error {
 		var e musterpb.Entry
 		if err := e.UnmarshalVT(data); err != nil {
@@ -370,7 +377,9 @@ func (w *world) readLog(s span) error {
 		size += len(data)
 		commands += len(e.Commands)
 		for _, c := range e.Commands {
-			kinds[strings.TrimPrefix(fmt.Sprintf("%T", c.Body), "*musterpb.Command_")]++
+			kind := strings.TrimPrefix(fmt.Sprintf("%T", c.Body), "*musterpb.Command_")
+			kinds[kind]++
+			bytes[stageOf[kind]] += c.SizeVT()
 			switch body := c.Body.(type) {
 			case *musterpb.Command_CloseBatch:
 				drawn += int(body.CloseBatch.Attempts)
@@ -396,6 +405,9 @@ func (w *world) readLog(s span) error {
 		"stage_draw_per_s": perSecond(drawn), "stage_verdict_per_s": perSecond(checked), "stage_post_per_s": float64(paid) / s.seconds,
 	} {
 		b.results.Set(key, v)
+	}
+	for _, stage := range stageOf {
+		b.results.Set("stage_"+stage+"_log_bytes", float64(bytes[stage])*whole/s.tasks)
 	}
 	b.logf("log: %.0f commands/s in %.0f entries/s, %.1f in an entry, %.0f B each, %.0f B per task; %v", perSecond(commands), perSecond(entries),
 		float64(commands)/float64(entries), float64(size)/float64(commands), float64(size)*whole/s.tasks, kinds)

@@ -25,8 +25,8 @@ func TestSmallLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := &bench{
-		results: report.New(), began: time.Now(), schedulers: 3, workers: 20, slots: 4, clients: 2, duration: time.Second,
-		binary: binary, dir: dir,
+		results: report.New(), began: time.Now(), schedulers: 3, workers: 20, slots: 4, clients: 2, duration: 4 * time.Second,
+		binary: binary, dir: dir, flags: []string{"--election-timeout", "2s"}, // other tests run beside it
 	}
 	if err := b.lifecycle(ctx); err != nil {
 		t.Fatal(err)

@@ -39,6 +39,7 @@ type bench struct {
 	sim        string
 	history    string
 	report     bool
+	flags      []string // more flags of every scheduler, of tests
 
 	results *report.Results
 	worlds  int // so far
@@ -62,7 +63,7 @@ var measurements = []measurement{
 	{"failover", []string{"failover_"}, (*bench).failover},
 	{"cost", []string{"cost_"}, (*bench).cost},
 	{"memory", []string{"heap_bytes_per_"}, (*bench).memory},
-	{"finished", []string{"heap_growth_finished", "heap_bytes_finished_", "finished_tasks"}, (*bench).finished},
+	{"finished", []string{"heap_growth_finished", "heap_bytes_finished_"}, (*bench).finished},
 	{"restart", []string{"restart_s", "snapshot_pause_"}, (*bench).restart},
 	{"copy", []string{"blob_"}, (*bench).copies},
 	{"docker", []string{"docker_", "start_overhead_"}, (*bench).docker},

@@ -42,10 +42,7 @@ func (b *bench) memory(ctx context.Context) (err error) {
 	}
 	b.results.Set("heap_bytes_per_idle_worker", (idle-empty)/memoryWorkers)
 
-	nowhere := w.jobs.add(manyItems)
-	spec := w.spec(nowhere)
-	spec.Resources.Gpus = 1 // no worker has one
-	if err := w.jobs.submit(ctx, nowhere, spec); err != nil {
+	if err := w.submitNowhere(ctx, manyItems); err != nil {
 		return err
 	}
 	queued, err := w.heap(ctx)

@@ -12,6 +12,9 @@ const (
 	singleClients = 256
 	singleSlots   = 64 // more than are filled: nothing ends while this is measured
 	forever       = time.Hour
+	// singleCommands are those that a job costs while this is measured: it is
+	// submitted, placed and started.
+	singleCommands = 3
 )
 
 // single measures jobs of one item, each submitted on its own: 256 clients, each
@@ -68,6 +71,12 @@ func (b *bench) single(ctx context.Context) (err error) {
 	})
 	if err := g.Wait(); err != nil {
 		return err
+	}
+	rate, _ := b.results.Get("single_jobs_placed_per_s")
+	if limit, ok := b.results.Get("raw_raft_commands_per_s"); ok {
+		b.results.Set("single_jobs_share_of_raw_raft", rate*singleCommands/limit)
+	} else {
+		b.results.Missing("raw Raft was not measured in the same run", "single_jobs_share_of_raw_raft")
 	}
 	return w.agree(ctx)
 }

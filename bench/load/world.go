@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
+	"math/rand/v2"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -38,11 +40,15 @@ const (
 	leastOwners     = 5
 )
 
-// newWorld starts a network with accounts for so many workers.
-func newWorld(ctx context.Context, b *bench, schedulers, workers int) (_ *world, err error) {
+// newWorld starts a network with accounts for so many workers, and with more
+// flags of its schedulers.
+func newWorld(ctx context.Context, b *bench, schedulers, workers int, flags ...string) (_ *world, err error) {
 	b.worlds++
 	w := &world{bench: b, jobs: &jobs{}}
-	cfg := network.Config{Binary: b.binary, Dir: filepath.Join(b.dir, "net-"+strconv.Itoa(b.worlds)), Schedulers: schedulers}
+	cfg := network.Config{
+		Binary: b.binary, Dir: filepath.Join(b.dir, "net-"+strconv.Itoa(b.worlds)), Schedulers: schedulers,
+		Flags: slices.Concat(b.flags, flags),
+	}
 	if w.net, err = network.Start(ctx, cfg); err != nil {
 		return nil, err
 	}
@@ -106,8 +112,8 @@ func (w *world) startFleet(ctx context.Context, workers, slots int) (err error) 
 
 // newWarmWorld is a world with a fleet whose owners have the record with which
 // samples are drawn at the policy's rate.
-func newWarmWorld(ctx context.Context, b *bench, schedulers, workers, slots int) (*world, error) {
-	w, err := newWorld(ctx, b, schedulers, workers)
+func newWarmWorld(ctx context.Context, b *bench, schedulers, workers, slots int, flags ...string) (*world, error) {
+	w, err := newWorld(ctx, b, schedulers, workers, flags...)
 	if err != nil {
 		return nil, err
 	}
@@ -199,19 +205,21 @@ func (w *world) proven(ctx context.Context) (int, error) {
 
 // checkAll wants every item accounted for, the books in balance, and all
 // schedulers of one mind. Every measurement that settles its jobs ends with it.
-func (w *world) checkAll(ctx context.Context) error {
+// The attempts of a sample of jobs are looked at, or with everyJob those of all.
+func (w *world) checkAll(ctx context.Context, sampled int) error {
 	items, checks, err := w.jobs.account()
 	if err != nil {
 		return err
 	}
-	if err := w.checkPayments(ctx); err != nil {
+	paid, err := w.checkPayments(ctx, sampled)
+	if err != nil {
 		return err
 	}
 	if err := w.agree(ctx); err != nil {
 		return err
 	}
-	w.bench.logf("checked: all of %d items in %d jobs are verified, with %d check runs; payments are right, the books are in balance, and %d schedulers agree; %d results were refused",
-		items, len(w.jobs.list), checks, len(w.net.Schedulers), w.fleet.Refused())
+	w.bench.logf("checked: all of %d items in %d jobs are verified, with %d check runs; payments are right, attempt by attempt, in %s; the books are in balance, and %d schedulers agree; %d results were refused",
+		items, len(w.jobs.list), checks, ofJobs(paid, len(w.jobs.list)-w.warm), len(w.net.Schedulers), w.fleet.Refused())
 	return nil
 }
 
@@ -228,30 +236,61 @@ func (j *jobs) account() (items, checks int, err error) {
 	return items, checks, nil
 }
 
-// sampledJobs is how many jobs are looked at attempt by attempt.
-const sampledJobs = 5
+const (
+	// sampledJobs is how many jobs are looked at attempt by attempt.
+	sampledJobs = 5
+	everyJob    = math.MaxInt
+	// payWithin bounds how long payments are looked at.
+	payWithin = 10 * time.Second
+)
 
-// checkPayments wants every task of a sample of jobs paid once.
-func (w *world) checkPayments(ctx context.Context) error {
-	for _, job := range w.sample(sampledJobs) {
-		resp, err := w.jobs.detail(ctx, job)
-		if err != nil {
-			return err
+// ofJobs says how many of all jobs were looked at.
+func ofJobs(n, all int) string {
+	if n == all {
+		return fmt.Sprintf("all of %d jobs", all)
+	}
+	return fmt.Sprintf("a sample of %d of %d jobs", n, all)
+}
+
+// checkPayments wants every task of so many jobs paid once, and returns how many
+// jobs it had the time for.
+func (w *world) checkPayments(ctx context.Context, sampled int) (int, error) {
+	began, list := time.Now(), w.sample(sampled)
+	rand.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] }) // where time ends, the rest is a sample, too
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(lookTogether)
+	paid := 0
+	for _, job := range list {
+		if time.Since(began) > payWithin {
+			break
 		}
-		paid, spent := map[uint32]int{}, int64(0)
-		for _, a := range resp.Attempts {
-			if spent += a.PaidMicroUsd; a.Check == "" && a.State == musterpb.AttemptState_ATTEMPT_STATE_VERIFIED {
-				paid[a.Task]++
+		paid++
+		g.Go(func() error {
+			resp, err := w.jobs.detail(gctx, job)
+			if err != nil {
+				return err
 			}
+			return paidOnce(resp)
+		})
+	}
+	return paid, g.Wait()
+}
+
+// paidOnce wants every task of a job paid once.
+func paidOnce(resp *musterpb.GetJobResponse) error {
+	paid, spent := map[uint32]int{}, int64(0)
+	for _, a := range resp.Attempts {
+		if spent += a.PaidMicroUsd; a.Check == "" && a.State == musterpb.AttemptState_ATTEMPT_STATE_VERIFIED {
+			paid[a.Task]++
 		}
-		for n := range resp.Job.Tasks {
-			if paid[n] > 1 || paid[n] == 0 && resp.Job.State == musterpb.JobState_JOB_STATE_VERIFIED {
-				return fmt.Errorf("task %d of job %s was paid %d times", n, resp.Job.Id, paid[n])
-			}
+	}
+	for n := range resp.Job.Tasks {
+		if paid[n] > 1 || paid[n] == 0 && resp.Job.State == musterpb.JobState_JOB_STATE_VERIFIED {
+			return fmt.Errorf("task %d of job %s was paid %d times", n, resp.Job.Id, paid[n])
 		}
-		if spent < resp.Job.SpentMicroUsd {
-			return fmt.Errorf("job %s has spent %d, its attempts were paid %d", resp.Job.Id, resp.Job.SpentMicroUsd, spent)
-		}
+	}
+	if spent < resp.Job.SpentMicroUsd {
+		return fmt.Errorf("job %s has spent %d, its attempts were paid %d", resp.Job.Id, resp.Job.SpentMicroUsd, spent)
 	}
 	return nil
 }

@@ -168,21 +168,25 @@ func openTransport(cfg Config, hlog hclog.Logger) (*raft.NetworkTransport, error
 }
 
 func raftConfig(cfg Config, hlog hclog.Logger) *raft.Config {
-	timeout := cfg.ElectionTimeout
-	if timeout == 0 {
-		timeout = time.Second
-	}
-	c := raft.DefaultConfig()
+	c := RaftConfig(cmp.Or(cfg.ElectionTimeout, time.Second))
 	c.LocalID = raft.ServerID(cfg.ID)
 	c.Logger = hlog
-	// As long as its followers wait, so that a busy machine deposes nobody.
-	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = timeout, timeout, timeout
-	// How late an idle follower learns of a commit: it has to reveal soon.
-	c.CommitTimeout = 10 * time.Millisecond
-	c.MaxAppendEntries = 256
 	c.SnapshotThreshold = cmp.Or(cfg.Snapshots.Threshold, 16384)
 	c.SnapshotInterval = cmp.Or(cfg.Snapshots.Interval, c.SnapshotInterval)
 	c.TrailingLogs = cmp.Or(cfg.Snapshots.Trailing, c.TrailingLogs)
+	return c
+}
+
+// RaftConfig is how Raft is set up, but for what differs between nodes. The
+// measurement of bare Raft (bench/load/rawraft) uses it too. BatchApplyCh stays
+// off: Raft forgets the futures in that channel when it shuts down.
+func RaftConfig(electionTimeout time.Duration) *raft.Config {
+	c := raft.DefaultConfig()
+	// As long as its followers wait, so that a busy machine deposes nobody.
+	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = electionTimeout, electionTimeout, electionTimeout
+	// How late an idle follower learns of a commit: it has to reveal soon.
+	c.CommitTimeout = 10 * time.Millisecond
+	c.MaxAppendEntries = 256
 	return c
 }
 

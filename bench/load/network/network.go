@@ -221,6 +221,12 @@ func (n *Network) Progress(ctx context.Context, i int) (applied uint64, leader s
 	return m.GetAppliedIndex(), m.GetLeader(), err
 }
 
+// SealedJobs is how many jobs are in segments, as a scheduler has applied it.
+func (n *Network) SealedJobs(ctx context.Context, i int) (uint64, error) {
+	m, err := n.status(ctx, n.light[i])
+	return m.GetSealedJobs(), err
+}
+
 // Account makes an account, or another key of one, and returns the key.
 func (n *Network) Account(ctx context.Context, name string) (key string, err error) {
 	resp, err := n.Client.CreateAccount(ctx, connect.NewRequest(&musterpb.CreateAccountRequest{Account: name}))

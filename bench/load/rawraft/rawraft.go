@@ -1,11 +1,12 @@
 // Package rawraft measures the limit that Raft itself sets on this machine:
-// hashicorp/raft with the same log store, transport, time-outs and grouping as
-// muster's replica, and nothing behind it. It also reads what muster wrote into
+// hashicorp/raft with the same log store, transport, settings (replica.RaftConfig)
+// and grouping as muster's replica, and nothing behind it. It also reads what muster wrote into
 // its log.
 package rawraft
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -21,6 +22,8 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 	wal "github.com/hashicorp/raft-wal"
+
+	"github.com/musternet/muster/scheduler/replica"
 )
 
 // Config says what to measure.
@@ -30,6 +33,9 @@ type Config struct {
 	Clients      int    // each waits for its command before it makes the next
 	CommandBytes int
 	Duration     time.Duration
+	// ElectionTimeout is how long a silent leader is followed; 0 is what muster
+	// scheduler does.
+	ElectionTimeout time.Duration
 }
 
 // Result is what was measured.
@@ -42,13 +48,13 @@ type Result struct {
 
 // The grouping of muster's replica.
 const (
-	maxEntryCommands = 4096
+	maxEntryCommands = replica.MaxTogether
 	maxEntryBytes    = 1 << 20
 	maxInFlight      = 8
 )
 
-// electionTimeout is the replica's default.
-const electionTimeout = time.Second
+// electionTimeout is the default of muster scheduler --election-timeout.
+const electionTimeout = 300 * time.Millisecond
 
 // Run starts a cluster, measures it and stops it.
 func Run(ctx context.Context, cfg Config) (_ Result, err error) {
@@ -105,10 +111,8 @@ func (c *cluster) start(cfg Config) error {
 		servers = append(servers, raft.Server{ID: raft.ServerID(strconv.Itoa(i)), Address: t.LocalAddr()})
 	}
 	for i := range cfg.Nodes {
-		conf := raft.DefaultConfig()
+		conf := replica.RaftConfig(cmp.Or(cfg.ElectionTimeout, electionTimeout))
 		conf.LocalID, conf.Logger = servers[i].ID, hlog
-		conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = electionTimeout, electionTimeout, electionTimeout/2
-		conf.CommitTimeout, conf.MaxAppendEntries, conf.BatchApplyCh = 10*time.Millisecond, 256, true
 		conf.SnapshotThreshold = 1 << 60 // there is no state to take one of
 		cache, err := raft.NewLogCache(1024, c.logs[i])
 		if err != nil {

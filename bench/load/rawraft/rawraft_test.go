@@ -9,7 +9,7 @@ import (
 // The limit is measured on a real cluster, whose log holds what was counted.
 func TestRun(t *testing.T) {
 	dir := t.TempDir()
-	r, err := Run(t.Context(), Config{Dir: dir, Nodes: 3, Clients: 32, CommandBytes: 100, Duration: 300 * time.Millisecond})
+	r, err := Run(t.Context(), Config{Dir: dir, Nodes: 3, Clients: 32, CommandBytes: 100, Duration: 300 * time.Millisecond, ElectionTimeout: 2 * time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}

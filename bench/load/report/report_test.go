@@ -57,11 +57,12 @@ func TestTable(t *testing.T) {
 	r := New()
 	r.Set("lifecycle_tasks_per_s", 20_000)
 	r.Set("failover_ms_p50", 1500)
+	r.Set("failover_kills", 20)
 	r.Missing("no engine answers here", "start_overhead_ms_p50")
 	var out, md strings.Builder
 	r.Table(&out)
 	r.Markdown(&md)
-	for _, want := range []string{"20000 tasks/s", "2.00", "met", "1500 ms", "1.50", "MISSED", "not measured: no engine answers here", "not measured: " + notRun} {
+	for _, want := range []string{"20000 tasks/s", "2.00", "met", "1500 ms (of 20)", "1.50", "MISSED", "not measured: no engine answers here", "not measured: " + notRun} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the table lacks %q:\n%s", want, out.String())
 		}

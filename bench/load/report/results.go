@@ -198,11 +198,17 @@ func (r *Results) rows() []row {
 		}
 		if ok {
 			out.value, out.ratio = number(v)+unit(k.Unit), fmt.Sprintf("%.2f", v/k.Target)
+			if n, ok := r.values[k.Samples]; ok && n < manySamples {
+				out.value += " (of " + number(n) + ")"
+			}
 		}
 		list = append(list, out)
 	}
 	return list
 }
+
+// manySamples are so many that a row of the table does not tell how many.
+const manySamples = 1000
 
 func (k Key) sign() string {
 	if k.AtMost {
