@@ -47,10 +47,11 @@ func (b *bench) cost(ctx context.Context) (err error) {
 	return w.checkAll(ctx, sampledJobs)
 }
 
-// costOf works on jobs for a while, beside one of so many items that waits, and
-// then gives up what is left.
+// costOf works on jobs for a while, beside one of so many items that waits and is
+// then cancelled.
 func (w *world) costOf(ctx context.Context, items int) (cpu time.Duration, tasks int, err error) {
-	if err := w.submitNowhere(ctx, items); err != nil {
+	nowhere, err := w.submitNowhere(ctx, items)
+	if err != nil {
 		return 0, 0, err
 	}
 	feed, stop := context.WithCancel(ctx)
@@ -75,7 +76,7 @@ func (w *world) costOf(ctx context.Context, items int) (cpu time.Duration, tasks
 		cpu += to.usages[i].CPU - from.usages[i].CPU
 	}
 	stop()
-	if err := errors.Join(<-fed, w.cancelAll(ctx)); err != nil {
+	if err := errors.Join(<-fed, w.cancel(ctx, nowhere), w.jobs.waitSettled(ctx)); err != nil {
 		return 0, 0, err
 	}
 	if to.verified == from.verified {
@@ -85,11 +86,11 @@ func (w *world) costOf(ctx context.Context, items int) (cpu time.Duration, tasks
 }
 
 // submitNowhere submits a job that no worker can run.
-func (w *world) submitNowhere(ctx context.Context, items int) error {
+func (w *world) submitNowhere(ctx context.Context, items int) (*job, error) {
 	nowhere := w.jobs.add(items)
 	spec := w.spec(nowhere)
 	spec.Resources.Gpus = 1 // no worker has one
-	return w.jobs.submit(ctx, nowhere, spec)
+	return nowhere, w.jobs.submit(ctx, nowhere, spec)
 }
 
 // keepBusy keeps more tasks queued than the fleet can hold until feed ends.
@@ -110,18 +111,11 @@ func (w *world) keepBusy(ctx, feed context.Context) error {
 	return nil
 }
 
-// cancelAll cancels every job that is not settled, and waits until they are.
-func (w *world) cancelAll(ctx context.Context) error {
+// cancel cancels a job.
+func (w *world) cancel(ctx context.Context, job *job) error {
 	w.jobs.mu.Lock()
-	list := append([]*job(nil), w.jobs.unsettled...)
-	for _, job := range list {
-		job.cancelled = true
-	}
+	job.cancelled = true
 	w.jobs.mu.Unlock()
-	for _, job := range list {
-		if _, err := job.client.CancelJob(ctx, connect.NewRequest(&musterpb.CancelJobRequest{Job: *job.id.Load()})); err != nil {
-			return err
-		}
-	}
-	return w.jobs.waitSettled(ctx)
+	_, err := job.client.CancelJob(ctx, connect.NewRequest(&musterpb.CancelJobRequest{Job: *job.id.Load()}))
+	return err
 }

@@ -42,7 +42,7 @@ func (b *bench) memory(ctx context.Context) (err error) {
 	}
 	b.results.Set("heap_bytes_per_idle_worker", (idle-empty)/memoryWorkers)
 
-	if err := w.submitNowhere(ctx, manyItems); err != nil {
+	if _, err := w.submitNowhere(ctx, manyItems); err != nil {
 		return err
 	}
 	queued, err := w.heap(ctx)
