@@ -43,3 +43,37 @@ func TestCodec(t *testing.T) {
 		t.Error("half a message was decoded")
 	}
 }
+
+// A small message may not take much memory once it is decoded.
+func TestCodecBoundsFields(t *testing.T) {
+	large := &musterpb.Reports{Commits: make([]*musterpb.Commit, maxFields)}
+	for i := range large.Commits {
+		large.Commits[i] = &musterpb.Commit{}
+	}
+	for _, m := range []*musterpb.WorkerMessage{
+		{Message: &musterpb.WorkerMessage_Reports{Reports: large}},
+		{Message: &musterpb.WorkerMessage_Reports{Reports: &musterpb.Reports{Commits: []*musterpb.Commit{{Path: make([][]byte, maxFields)}}}}},
+		{Message: &musterpb.WorkerMessage_Heartbeat{Heartbeat: &musterpb.Heartbeat{Running: make([]string, maxFields)}}},
+	} {
+		data, err := m.MarshalVT()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := (codec{}).Unmarshal(data, &musterpb.WorkerMessage{}); err == nil {
+			t.Errorf("%d bytes with more than %d fields were decoded", len(data), maxFields)
+		}
+	}
+	// What workers really send at most is taken: compressed outputs look like fields, too.
+	full := &musterpb.Reports{}
+	for range 256 {
+		full.Commits = append(full.Commits, &musterpb.Commit{Attempt: "att-1", Path: make([][]byte, 8), Root: make([]byte, 32), Signature: make([]byte, 64)})
+		full.Blobs = append(full.Blobs, make([]byte, 4<<10), bytes.Repeat([]byte{0x0a, 0x02, 1, 2}, 100))
+	}
+	data, err := (codec{}).Marshal(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: full}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := (codec{}).Unmarshal(data, &musterpb.WorkerMessage{}); err != nil {
+		t.Errorf("a full message: %v", err)
+	}
+}

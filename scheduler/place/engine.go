@@ -352,6 +352,16 @@ func (e *Engine) RemoveJob(id string) {
 	e.dropCounts(id)
 }
 
+// ForgetJob forgets a job that is gone, with the attempts of it whose end nobody
+// told of.
+func (e *Engine) ForgetJob(id string) {
+	e.RemoveJob(id)
+	if c := e.counts[id]; c != nil {
+		clear(c.live)
+		e.dropCounts(id)
+	}
+}
+
 func (e *Engine) account(name string) *account {
 	a := e.accounts[name]
 	if a == nil {
