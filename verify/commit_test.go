@@ -240,3 +240,48 @@ func TestCommitsSignedTogether(t *testing.T) {
 		t.Error("too many commits under one signature were taken")
 	}
 }
+
+// BenchmarkRoot is the Merkle root of a result of 1,000 items.
+func BenchmarkRoot(b *testing.B) {
+	m := &musterpb.Manifest{Attempt: "att-1"}
+	for i := range uint64(1000) {
+		digest := api.DigestOf([]byte{byte(i), byte(i >> 8)}).Sum()
+		m.Items = append(m.Items, &musterpb.ManifestItem{Index: i, InputDigest: digest, ParametersDigest: digest, OutputDigest: digest})
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		Root(m)
+	}
+}
+
+// BenchmarkCommits signs results together, and checks them: one signature for
+// all, and for each its way to the root.
+func BenchmarkCommits(b *testing.B) {
+	for _, together := range []int{1, 64} {
+		key := ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize))
+		var commits []*musterpb.Commit
+		for i := range together {
+			digest := api.DigestOf([]byte{byte(i)})
+			commits = append(commits, &musterpb.Commit{
+				Attempt: fmt.Sprintf("att-%d", i), Root: digest.Sum(), ManifestDigest: string(digest), ArchiveDigest: string(digest), ArchiveBytes: 1, OutputBytes: 1,
+			})
+		}
+		b.Run(fmt.Sprintf("sign-%d", together), func(b *testing.B) {
+			for b.Loop() {
+				SignCommits(key, commits...)
+			}
+			b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N*together), "µs/commit")
+		})
+		SignCommits(key, commits...)
+		b.Run(fmt.Sprintf("check-%d", together), func(b *testing.B) {
+			for b.Loop() {
+				for _, err := range CheckCommits(key.Public().(ed25519.PublicKey), commits) {
+					if err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N*together), "µs/commit")
+		})
+	}
+}

@@ -143,7 +143,11 @@ func (b *bench) everything(jobs []string, node int) string {
 	a := &answers{bench: b}
 	for _, a.key = range []string{"acme", "reader", "evil", "admin"} {
 		c := b.client(a.key, node)
-		for _, job := range append(slices.Clone(jobs), "job-unknown") {
+		about := append(slices.Clone(jobs), "job-unknown")
+		if a.key == "reader" || a.key == "admin" {
+			about = about[:2] // who may see one may see the others, and one of them is large
+		}
+		for _, job := range about {
 			ask(a, "show "+job, c.GetJob, &musterpb.GetJobRequest{Job: job})
 			for n, more := uint32(0), true; more; {
 				page := ask(a, fmt.Sprint("detail of ", job, " from ", n), c.GetJob, &musterpb.GetJobRequest{Job: job, Detail: true, AfterTask: n})
@@ -204,8 +208,8 @@ func TestSealedAnswersAreTheSame(t *testing.T) {
 	}
 	worker, checker := b.worker("owner-1"), b.worker("owner-2")
 	jobs := []string{b.job, b.submit("acme", 30), b.submit("evil", 3), b.submit("acme", 1)}
-	cancelled := b.submit("acme", 2000)
-	for n := range uint32(1200) {
+	cancelled := b.submit("acme", 1500)
+	for n := range uint32(1010) { // more than a page of results
 		b.run(cancelled, n, "", worker)
 	}
 	if err := call(t.Context(), b.client("acme", 0).CancelJob, &musterpb.CancelJobRequest{Job: cancelled}); err != nil {

@@ -233,6 +233,12 @@ func (l *Ledger) Spend(account string, amount api.MicroUSD) {
 // Open reports whether a hold has been neither posted nor voided.
 func (l *Ledger) Open(hold uint64) bool { return l.open.Get(hold) != nil }
 
+// OpenHold is a hold that is open, nil for another ID; OpenHolds counts them.
+func (l *Ledger) OpenHold(id uint64) *musterpb.Transfer { return l.open.Get(id) }
+
+// OpenHolds is described at OpenHold.
+func (l *Ledger) OpenHolds() int { return l.open.Len() }
+
 // Last is the ID of the newest transfer, and Sealed that of the newest that is
 // sealed; 0 is none.
 func (l *Ledger) Last() uint64 { return l.sealed + uint64(len(l.tail)) }

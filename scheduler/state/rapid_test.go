@@ -250,11 +250,7 @@ func (m *machine) checkArchive(t *rapid.T) {
 	for _, r := range m.archive {
 		count(r)
 	}
-	var all []string
-	for _, id := range keysOf(m.data.jobs) {
-		all = append(all, id)
-	}
-	for r := range m.SealContent(&musterpb.Seal{Jobs: all, ThroughTransfer: m.ledger.Last(), ThroughEpoch: m.epoch}) {
+	for r := range m.SealContent(&musterpb.Seal{Jobs: keysOf(m.data.jobs), ThroughTransfer: m.ledger.Last(), ThroughEpoch: m.epoch}) {
 		count(r)
 	}
 	if seen["attempts"] != 0 || seen["tasks"] != 0 {

@@ -244,32 +244,32 @@ func (d *data) checkJobs() error {
 				return missing("waiting task", strconv.FormatUint(uint64(n), 10), "job "+id)
 			}
 		}
-		if uint64(job.NextTask) > uint64(d.tasks.Len()) {
-			return missing("task", strconv.FormatUint(uint64(job.NextTask-1), 10), "job "+id)
-		}
-		for n := range job.NextTask {
-			if d.tasks.Get(taskKey{id, n}) == nil {
-				return missing("task", strconv.FormatUint(uint64(n), 10), "job "+id)
-			}
-		}
 	}
+	placed := map[string]uint32{} // tasks by job
 	for k, t := range d.tasks.All() {
 		if d.jobs.Get(k.job).GetNextTask() <= k.number {
 			return missing("job", k.job, fmt.Sprintf("task %d", k.number))
 		}
+		placed[k.job]++
 		for _, id := range t.Attempts {
 			if a := d.attempts.Get(id); a == nil || a.Job != k.job || a.Task != k.number {
 				return missing("attempt", id, fmt.Sprintf("task %s/%d", t.Job, t.Number))
 			}
 		}
 	}
+	for id, job := range d.jobs.All() {
+		if placed[id] != job.NextTask { // each is there once, and none above
+			return missing("task", strconv.FormatUint(uint64(job.NextTask-placed[id]), 10)+" of them", "job "+id)
+		}
+	}
 	return nil
 }
 
 func (d *data) checkAttempts() error {
+	holds := 0
 	for id, a := range d.attempts.All() {
 		job := d.jobs.Get(a.Job)
-		if job == nil || d.tasks.Get(taskKey{a.Job, a.Task}) == nil {
+		if job == nil || a.Task >= job.NextTask {
 			return missing("job or task", fmt.Sprintf("%s/%d", a.Job, a.Task), "attempt "+id)
 		}
 		if w := d.workers.Get(a.Worker); w == nil || w.Owner != a.Owner {
@@ -284,15 +284,19 @@ func (d *data) checkAttempts() error {
 		if !live(a.State) {
 			continue
 		}
-		if !d.ledger.Open(a.Hold) {
+		if h := d.ledger.OpenHold(a.Hold); h == nil || h.Ref != id || h.AmountMicroUsd != a.HoldMicroUsd {
 			return missing("hold", strconv.FormatUint(a.Hold, 10), "attempt "+id)
 		}
+		holds++
 		if sampled(a) && (d.batches.Get(a.Batch) == nil || d.checks.Get(checkID(id)) == nil) {
 			return missing("batch or check", strconv.FormatUint(a.Batch, 10), "attempt "+id)
 		}
 		if job.Settled {
 			return fmt.Errorf("attempt %s is %s and its job is settled", id, StateName(a.State))
 		}
+	}
+	if holds != d.ledger.OpenHolds() {
+		return fmt.Errorf("%d holds are open, and %d attempts have one", d.ledger.OpenHolds(), holds)
 	}
 	return nil
 }
