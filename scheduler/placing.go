@@ -262,10 +262,13 @@ func (l *leader) touchSilent() {
 func (l *leader) view(w *musterpb.Worker) *place.Worker {
 	s := l.session(w.Id)
 	var cached func(string) bool
+	version := uint64(0)
 	if s != nil {
+		version = s.cacheVersion() // before what it stands for is asked
 		cached = s.cached
 	}
 	v := place.NewWorker(w, s != nil && s.heardWithin(l.Timing.LeaseTTL), cached)
+	v.CacheVersion = version
 	use := l.State.UseOf(w.Id)
 	v.FreeMilliCPUs -= use.MilliCPUs
 	v.FreeMemoryBytes -= use.MemoryBytes

@@ -41,6 +41,7 @@ type session struct {
 
 	mu      sync.Mutex
 	digests map[string]bool // guarded by mu; what the worker's cache holds
+	version uint64          // guarded by mu; of digests: when they changed last, so that no two sessions share one
 	heard   time.Time       // guarded by mu; of the newest heartbeat
 
 	wasHeard bool // guarded by the leader's mu; what placement was told last
@@ -85,6 +86,12 @@ func (s *session) cached(digest string) bool {
 	return s.digests[digest]
 }
 
+func (s *session) cacheVersion() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.version
+}
+
 // Serve runs a worker's session until the worker leaves, ctx ends, or this
 // node stops leading. owner is the account of the key that the worker showed.
 func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) error {
@@ -105,7 +112,7 @@ func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) erro
 		return err
 	}
 	sess := &session{
-		worker: id, owner: owner, outbox: newOutbox(), done: make(chan struct{}), digests: map[string]bool{},
+		worker: id, owner: owner, outbox: newOutbox(), done: make(chan struct{}), digests: map[string]bool{}, version: uint64(time.Now().UnixNano()),
 		heard: time.Now(), wasHeard: true,
 	}
 	welcome, err := l.attach(sess, running)
@@ -492,7 +499,10 @@ func (s *session) hear(h *musterpb.Heartbeat) (changed bool) {
 		}
 	}
 	if h.Full {
-		return !maps.Equal(before, s.digests)
+		changed = !maps.Equal(before, s.digests)
+	}
+	if changed {
+		s.version = uint64(s.heard.UnixNano())
 	}
 	return changed
 }
