@@ -17,7 +17,10 @@ const (
 	maxShapes = 1024
 	// maxReviews bounds how many machines one Plan looks at, all shapes together:
 	// ten thousand jobs that each want something else may not stop the leader.
-	maxReviews = 4 << 20
+	maxReviews = 1 << 19
+	// maxAccountReviews is the share of that for which one account may have the
+	// others wait in a round.
+	maxAccountReviews = maxReviews / 8
 	// minNames is how many kinds of devices and classes are known before those
 	// that are out of use are dropped.
 	minNames = 4096

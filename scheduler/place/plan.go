@@ -21,16 +21,28 @@ func (e *Engine) Plan(nowUnixMS int64, most int) []Placement {
 	e.booked = e.booked[:0]
 	out := e.useKept(nil, most)
 	e.reopen()
+	var looked, late []*account // for which machines were looked at; that had their share of it
 	for len(out) < most && len(e.turns.items) > 0 && e.reviews < maxReviews {
 		e.tick++
 		account := e.turns.items[0]
+		if account.reviews > maxAccountReviews {
+			e.turns.remove(account.pos)
+			late = append(late, account)
+			continue
+		}
+		before := e.reviews
 		p, ok := e.turn(account.open.items[0])
+		if e.reviews > before && account.reviews == 0 {
+			looked = append(looked, account)
+		}
+		account.reviews += e.reviews - before
 		if !ok {
 			continue // that lane is parked, or shorter
 		}
 		e.charge(account, p)
 		out = append(out, p)
 	}
+	e.readmit(looked, late)
 	e.keep()
 	return out
 }
@@ -230,4 +242,17 @@ func preferred(devices []device, affinities []*musterpb.Affinity) []device {
 	devices = slices.Clone(devices)
 	slices.SortStableFunc(devices, func(a, b device) int { return cmp.Compare(weight(b), weight(a)) })
 	return devices
+}
+
+// readmit lets accounts take part in the next round that were left out of this
+// one.
+func (e *Engine) readmit(looked, late []*account) {
+	for _, a := range looked {
+		a.reviews = 0
+	}
+	for _, a := range late {
+		if a.pos < 0 && len(a.open.items) > 0 {
+			e.turns.push(a)
+		}
+	}
 }
