@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -19,6 +20,7 @@ import (
 	"github.com/musternet/muster/api/blob"
 	"github.com/musternet/muster/api/client"
 	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/api/server"
 	"github.com/musternet/muster/scheduler/archive"
 )
 
@@ -364,17 +366,75 @@ func TestUnreadableHistory(t *testing.T) {
 	if err := b.blobs.Delete(t.Context(), api.Digest(segment.Digest)); err != nil {
 		t.Fatal(err)
 	}
-	c := b.client("acme", 0)
+	c, admin := b.client("acme", 0), b.client("admin", 0)
 	for what, err := range map[string]error{
 		"show":      call(t.Context(), c.GetJob, &musterpb.GetJobRequest{Job: b.job}),
 		"list":      call(t.Context(), c.ListJobs, &musterpb.ListJobsRequest{}),
 		"transfers": call(t.Context(), c.ListTransfers, &musterpb.ListTransfersRequest{}),
 		"cancel":    call(t.Context(), c.CancelJob, &musterpb.CancelJobRequest{Job: b.job}),
 	} {
-		b.want(what, err, api.Unavailable, segment.Digest)
+		b.want(what, err, api.Unavailable, "sealed work can't be read now")
+		if strings.Contains(err.Error(), "sha256:") {
+			t.Errorf("%s: a customer is told the name of a segment, which holds everybody's work: %v", what, err)
+		}
 	}
+	stream, err := c.WatchJob(t.Context(), connect.NewRequest(&musterpb.GetJobRequest{Job: b.job}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	if stream.Receive() {
+		t.Errorf("a watch of a job that can't be read got %v", stream.Msg())
+	}
+	b.want("watch", stream.Err(), api.Unavailable, "sealed work can't be read now")
+	b.want("an admin", call(t.Context(), admin.GetJob, &musterpb.GetJobRequest{Job: b.job}), api.Unavailable, segment.Digest)
 	if err := call(t.Context(), c.GetAccount, &musterpb.GetAccountRequest{}); err != nil {
 		t.Errorf("a balance needs no history: %v", err)
+	}
+}
+
+// A segment holds every account's work: it is for schedulers and admins alone,
+// also for whoever has learned its name.
+func TestSegmentsAreNobodysBlobs(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	for _, owner := range []string{"owner-1", "owner-2"} {
+		b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: owner}}})
+	}
+	b.finish(b.worker("owner-1"), b.worker("owner-2"))
+	segment := b.seal()
+	// Stored as any blob is, and gone from the state: nothing else is refused.
+	other := api.DigestOf([]byte("another blob"))
+	if _, err := b.blobs.Put(t.Context(), other, strings.NewReader("another blob"), blob.NoLimit); err != nil {
+		t.Fatal(err)
+	}
+	node := server.NodeAuthorization(b.second.id, b.nodeKey, time.Now())
+	for _, test := range []struct {
+		who, method, authorization string
+		digest                     api.Digest
+		want                       int
+	}{
+		{"a customer", "GET", "Bearer " + b.keys["acme"], api.Digest(segment.Digest), 404},
+		{"a customer", "HEAD", "Bearer " + b.keys["acme"], api.Digest(segment.Digest), 404},
+		{"a customer", "POST", "Bearer " + b.keys["acme"], api.Digest(segment.Digest), 404},
+		{"a reader", "GET", "Bearer " + b.keys["reader"], api.Digest(segment.Digest), 404},
+		{"a customer, another blob", "GET", "Bearer " + b.keys["acme"], other, 200},
+		{"an admin", "GET", "Bearer " + b.keys["admin"], api.Digest(segment.Digest), 200},
+		{"a scheduler", "GET", node, api.Digest(segment.Digest), 200},
+	} {
+		req, err := http.NewRequestWithContext(t.Context(), test.method, "http://"+b.addresses[0]+blob.Path(test.digest), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", test.authorization)
+		resp, err := b.http.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != test.want {
+			t.Errorf("%s, %s: status %d, want %d", test.who, test.method, resp.StatusCode, test.want)
+		}
 	}
 }
 

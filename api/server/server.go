@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -27,6 +28,7 @@ import (
 	"github.com/musternet/muster/api/client"
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/api/musterpb/musterpbconnect"
+	"github.com/musternet/muster/scheduler/archive"
 	"github.com/musternet/muster/scheduler/state"
 )
 
@@ -97,7 +99,7 @@ func New(cfg Config) *Server {
 // Handler routes every call.
 func (s *Server) Handler() http.Handler {
 	options := []connect.HandlerOption{
-		connect.WithReadMaxBytes(MaxRequestBytes), connect.WithInterceptors(errorKinds{}),
+		connect.WithReadMaxBytes(MaxRequestBytes), connect.WithInterceptors(errorKinds{s.Logger}),
 		connect.WithRecover(s.recovered), client.Compression(),
 	}
 	mux := http.NewServeMux()
@@ -154,13 +156,14 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	return nil
 }
 
-// errorKinds gives errors the status of their kind.
-type errorKinds struct{}
+// errorKinds gives errors the status of their kind, and keeps from customers
+// what is for operators.
+type errorKinds struct{ logger *slog.Logger }
 
-func (errorKinds) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+func (e errorKinds) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		resp, err := next(ctx, req)
-		return resp, api.ToConnect(err)
+		return resp, e.shown(ctx, req.Spec(), err)
 	}
 }
 
@@ -168,10 +171,26 @@ func (errorKinds) WrapStreamingClient(next connect.StreamingClientFunc) connect.
 	return next
 }
 
-func (errorKinds) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+func (e errorKinds) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		return api.ToConnect(next(ctx, conn))
+		return e.shown(ctx, conn.Spec(), next(ctx, conn))
 	}
+}
+
+// shown is what the caller sees of an error. The name of a sealed segment is in
+// the log, and shown to admins alone: a segment holds the work of all accounts.
+func (e errorKinds) shown(ctx context.Context, spec connect.Spec, err error) error {
+	var unreadable *archive.Unreadable
+	if !errors.As(err, &unreadable) {
+		return api.ToConnect(err)
+	}
+	if ctx.Err() == nil { // else the caller went away, which is no fault of the segment
+		e.logger.Error("sealed work could not be read", "segment", unreadable.Digest, "procedure", spec.Procedure, "err", err)
+	}
+	if !isAdmin(ctx) {
+		err = api.Errorf(api.KindOf(err), "sealed work can't be read now; try again later, or ask who operates the schedulers: their log says more")
+	}
+	return api.ToConnect(err)
 }
 
 const (
@@ -284,6 +303,8 @@ func NodeAuthorization(id api.NodeID, key ed25519.PrivateKey, now time.Time) str
 func nodeText(id, stamp string) []byte { return []byte("muster node v1\n" + id + "\n" + stamp) }
 
 // mayUseBlobs lets in holders of any API key, and the cluster's schedulers.
+// Sealed segments hold the work of all accounts: to all but schedulers and admins
+// they look as if they did not exist.
 func (s *Server) mayUseBlobs(r *http.Request) (blob.Caller, error) {
 	if rest, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Muster-Node "); ok {
 		return blob.Caller{ID: rest[:strings.IndexByte(rest+" ", ' ')], Peer: true}, s.checkNode(rest)
@@ -298,8 +319,17 @@ func (s *Server) mayUseBlobs(r *http.Request) (blob.Caller, error) {
 		return blob.Caller{}, api.Errorf(api.Denied, "only schedulers may ask for the copy of one node")
 	case !reads && key.Role == musterpb.Role_ROLE_READER:
 		return blob.Caller{}, api.Errorf(api.Denied, "a reader key may not upload")
+	case key.Role != musterpb.Role_ROLE_ADMIN && s.isSegment(r.URL.Path):
+		return blob.Caller{}, api.Errorf(api.NotFound, "blob %s is not here", strings.TrimPrefix(r.URL.Path, blob.Path("")))
 	}
 	return blob.Caller{ID: string(key.Hash)}, nil
+}
+
+// isSegment reports whether a path is that of a segment that the state names.
+func (s *Server) isSegment(path string) bool {
+	return slices.ContainsFunc(s.State.Segments(), func(segment *musterpb.Segment) bool {
+		return path == blob.Path(api.Digest(segment.Digest))
+	})
 }
 
 func (s *Server) checkNode(header string) error {

@@ -44,9 +44,9 @@ const DefaultCache = 64 << 20
 const searchers = 8
 
 // Archive answers from sealed segments. All methods are safe for concurrent
-// use. Their errors have the kind api.NotFound for a job that no segment has,
-// api.Unavailable where the blob store can't be reached, and api.Internal, with
-// the segment's digest, for one that is damaged.
+// use. Their errors have the kind api.NotFound for a job that no segment has; an
+// *Unreadable has the kind api.Unavailable where the blob store can't be reached
+// or lacks the segment, and api.Internal for one that is damaged.
 type Archive struct {
 	store  blob.Store
 	source Source

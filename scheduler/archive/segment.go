@@ -30,6 +30,17 @@ func (s *segment) close() {
 	}
 }
 
+// Unreadable is a segment that can't be read. Its message names the segment, and
+// a segment holds the work of every account: the message is for operators and
+// logs, never for customers.
+type Unreadable struct {
+	Digest api.Digest
+	err    error // with a kind
+}
+
+func (u *Unreadable) Error() string { return u.err.Error() }
+func (u *Unreadable) Unwrap() error { return u.err }
+
 // fail says which segment an error is about. What passes by itself keeps its
 // kind; anything else is damage, and a segment that is gone is damage, too.
 func (s *segment) fail(err error) error {
@@ -37,9 +48,11 @@ func (s *segment) fail(err error) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, errMissing), s.ctx.Err() != nil, api.KindOf(err) == api.Unavailable:
-		return api.Errorf(api.Unavailable, "sealed segment %s: %w", s.digest, err)
+		err = api.Errorf(api.Unavailable, "sealed segment %s: %w", s.digest, err)
+	default:
+		err = api.Errorf(api.Internal, "sealed segment %s is damaged: %w; restore this blob from another scheduler or from a backup", s.digest, err)
 	}
-	return api.Errorf(api.Internal, "sealed segment %s is damaged: %w; restore this blob from another scheduler or from a backup", s.digest, err)
+	return &Unreadable{Digest: api.Digest(s.digest), err: err}
 }
 
 // errMissing is a segment that the store does not have. It may have been merged
