@@ -35,8 +35,12 @@ type pending struct {
 func (b *bundles) add(offers []*offer) {
 	byAccount := map[string][]*offer{}
 	for _, o := range offers {
-		account := b.l.State.Job(b.l.State.Attempt(o.commit.Attempt).Job).Account
-		byAccount[account] = append(byAccount[account], o)
+		job := b.l.jobOf(o.commit.Attempt)
+		if job == nil {
+			b.l.release([]*offer{o}) // sealed meanwhile
+			continue
+		}
+		byAccount[job.Account] = append(byAccount[job.Account], o)
 	}
 	for account, offers := range byAccount {
 		if !b.queue(account, offers) {

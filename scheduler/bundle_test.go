@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -237,5 +238,43 @@ func TestBundlesKeepAccountsApart(t *testing.T) {
 	}
 	if len(bundles) != 2 {
 		t.Errorf("4 results of one report are in %d bundles, want one for each account", len(bundles))
+	}
+}
+
+// A program that says much has its log uploaded by itself; its small result
+// travels all the same.
+func TestInlineResultWithItsLogUploaded(t *testing.T) {
+	r := newRig(t, Timing{BatchInterval: time.Hour, LeaseTTL: time.Minute})
+	p := r.connect("alice", newKey(t))
+	r.submit(2)
+	work := p.assignedAll(2)
+	for i, a := range work {
+		report := p.inlined(a)
+		log := []byte("what " + a.Attempt + " said")
+		report.Blobs = report.Blobs[:2]
+		if i == 0 {
+			if _, err := r.blobs.Put(t.Context(), api.DigestOf(log), blob.Bytes(log), int64(len(log))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.say(reported(report))
+		if o := p.outcome(a.Attempt); o.Accepted != (i == 0) || i == 1 && !strings.Contains(o.Reason, "log of "+a.Attempt) {
+			t.Errorf("attempt %d: %v", i, o)
+		}
+	}
+	r.stored(work[0].Attempt)
+}
+
+// However often a start is said, it is entered once.
+func TestStartSaidOften(t *testing.T) {
+	r := newRig(t, Timing{BatchInterval: time.Hour, LeaseTTL: time.Minute})
+	p := r.connect("alice", newKey(t))
+	r.submit(1)
+	a := p.assigned()
+	before := r.sched.Replica.Applied()
+	p.say(reported(&musterpb.Reports{Started: slices.Repeat([]string{a.Attempt}, 10_000)}))
+	r.eventually("the start", func() bool { return r.state(a.Attempt) == running })
+	if n := r.sched.Replica.Applied() - before; n > 3 {
+		t.Errorf("%d log entries for one start", n)
 	}
 }

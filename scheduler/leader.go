@@ -224,6 +224,10 @@ func (l *leader) reconcileLeases(ctx context.Context) {
 	l.grantLeases(l.State.LiveAttempts())
 	var overdue []*musterpb.Attempt
 	l.mu.Lock()
+	maps.DeleteFunc(l.unread, func(id string, _ time.Time) bool {
+		c := l.State.Check(id)
+		return c == nil || c.ClosedUnixMs > 0
+	})
 	for id := range l.leases {
 		switch a := l.State.Attempt(id); {
 		case a == nil || !live(a):
@@ -319,7 +323,7 @@ func (l *leader) batchLoop(ctx context.Context) {
 			}
 			continue
 		}
-		waiting, free, epoch, digest := l.State.Committed()
+		waiting, free, epoch, digest := l.State.Committed() // no more than one batch takes
 		if waiting == 0 || !free {
 			continue
 		}
@@ -345,31 +349,66 @@ func (l *leader) failBatchClosed(ctx context.Context, b *musterpb.Batch) {
 	l.Logger.Warn("reveals are missing: everything in the batch is checked", "epoch", b.Epoch, "missing", missing)
 }
 
-// compareLoop compares results that wait for it, a few at once.
+// compareLoop compares results that wait for it, a few at once. It learns of
+// them from the journal; all that wait are looked through only now and then, for
+// those whose results could not be read.
 func (l *leader) compareLoop(ctx context.Context) {
-	for ctx.Err() == nil {
+	waiting := map[string][]string{} // checks by account, oldest first
+	add := func(c state.Comparable) {
+		if job := l.State.Job(c.Check.Job); job != nil {
+			waiting[job.Account] = append(waiting[job.Account], c.Check.Id)
+		}
+	}
+	again := time.NewTicker(unreadablePause)
+	defer again.Stop()
+	for cursor := uint64(0); ctx.Err() == nil; {
 		changed := l.State.Changed()
-		for _, c := range l.State.ToCompare() {
-			account := l.State.Job(c.Check.Job).Account
-			if l.examining(account, 0) >= maxCompares {
-				continue // the first of them to end changes the state
+		c, next := l.State.ChangesSince(cursor)
+		cursor = next
+		if c.Reset {
+			clear(waiting)
+			for _, c := range l.State.ToCompare() {
+				add(c)
 			}
-			l.examine(account, c.Check.Id, func(ctx context.Context) (func(), error) { return l.compare(ctx, c) })
+		}
+		for _, id := range c.Checks {
+			if c, ok := l.State.ToCompareOf(id); ok {
+				add(c)
+			}
+		}
+		for account, list := range waiting {
+			if waiting[account] = l.beginCompares(account, list); len(waiting[account]) == 0 {
+				delete(waiting, account)
+			}
 		}
 		select {
 		case <-ctx.Done():
 		case <-changed:
-		case <-time.After(unreadablePause):
+		case <-again.C:
+			cursor = 0
 		}
 	}
+}
+
+// beginCompares begins comparisons for an account, as many as it may have under
+// way, and returns those that wait on: the first of the others to end changes
+// the state.
+func (l *leader) beginCompares(account string, checks []string) []string {
+	for len(checks) > 0 && l.examining(account, 0) < maxCompares {
+		if c, ok := l.State.ToCompareOf(checks[0]); ok {
+			l.examine(account, c.Check.Id, func(ctx context.Context) (func(), error) { return l.compare(ctx, c) })
+		}
+		checks = checks[1:]
+	}
+	return checks
 }
 
 // examine runs f beside the caller, once an examiner is free, unless something
 // with that key is under way, and then what f returns, for which no examiner is
 // needed. After an error the key stays taken for a while.
 func (l *leader) examine(account, key string, f func(context.Context) (then func(), err error)) {
-	l.beside(key, func() {
-		l.examining(account, 1)
+	l.examining(account, 1)
+	began := l.beside(key, func() {
 		defer l.examining(account, -1)
 		then, err := l.examineNow(account, f)
 		if err == nil {
@@ -381,6 +420,9 @@ func (l *leader) examine(account, key string, f func(context.Context) (then func
 		case <-time.After(unreadablePause):
 		}
 	})
+	if !began {
+		l.examining(account, -1)
+	}
 }
 
 func (l *leader) examineNow(account string, f func(context.Context) (func(), error)) (then func(), err error) {
@@ -421,11 +463,11 @@ func (l *leader) goBeside(f func()) bool {
 }
 
 // beside runs f beside the caller, unless something with that key is under way.
-func (l *leader) beside(key string, f func()) {
+func (l *leader) beside(key string, f func()) (began bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.busy[key] || l.closed {
-		return
+		return false
 	}
 	l.busy[key] = true
 	l.work.Go(func() {
@@ -437,6 +479,7 @@ func (l *leader) beside(key string, f func()) {
 		}()
 		f()
 	})
+	return true
 }
 
 // unreadable puts off a comparison whose results can't be read, and gives the

@@ -61,9 +61,7 @@ func (p *placer) follow() {
 		p.readWorker(id)
 	}
 	for _, id := range c.Attempts {
-		if a := p.State.Attempt(id); a != nil {
-			p.engine.SetAttempt(p.State.Job(a.Job), a)
-		}
+		p.readAttempt(p.State.Attempt(id))
 	}
 	for id, whole := range p.jobs {
 		p.readJob(id, whole)
@@ -85,13 +83,20 @@ func (p *placer) readAll() {
 		p.readWorker(w.Id)
 	}
 	for _, a := range p.State.LiveAttempts() {
-		p.engine.SetAttempt(p.State.Job(a.Job), a)
+		p.readAttempt(a)
 	}
 	for _, w := range p.State.Queued() {
 		p.engine.SetJob(w)
 	}
 	for _, account := range p.State.Accounts() {
 		p.engine.SetUsage(account, p.State.UsageOf(account))
+	}
+}
+
+// readAttempt counts an attempt; it, or its job, may be sealed by now.
+func (p *placer) readAttempt(a *musterpb.Attempt) {
+	if job := p.State.Job(a.GetJob()); job != nil {
+		p.engine.SetAttempt(job, a)
 	}
 }
 
@@ -112,7 +117,7 @@ func (p *placer) readWorker(id string) {
 func (p *placer) readJob(id string, whole bool) {
 	work, ok := p.State.TasksOf(id)
 	if work.Job == nil {
-		p.engine.RemoveJob(id)
+		p.engine.ForgetJob(id)
 		return
 	}
 	if whole || !p.engine.SetTasks(work) {
@@ -257,10 +262,13 @@ func (l *leader) touchSilent() {
 func (l *leader) view(w *musterpb.Worker) *place.Worker {
 	s := l.session(w.Id)
 	var cached func(string) bool
+	version := uint64(0)
 	if s != nil {
+		version = s.cacheVersion() // before what it stands for is asked
 		cached = s.cached
 	}
 	v := place.NewWorker(w, s != nil && s.heardWithin(l.Timing.LeaseTTL), cached)
+	v.CacheVersion = version
 	use := l.State.UseOf(w.Id)
 	v.FreeMilliCPUs -= use.MilliCPUs
 	v.FreeMemoryBytes -= use.MemoryBytes

@@ -24,11 +24,13 @@ type offer struct {
 	manifest, archive, log []byte
 }
 
-// inline reports whether everything of the result came along, so that it is
-// examined from memory and stored with others.
-func (o *offer) inline() bool {
-	return o.manifest != nil && o.archive != nil && (o.commit.LogDigest == "" || o.log != nil)
-}
+// inline reports whether the result came along, so that it is examined from
+// memory and stored with others.
+func (o *offer) inline() bool { return o.manifest != nil && o.archive != nil }
+
+// whole reports whether nothing of an inline result has to be looked for: a
+// large log is uploaded by itself.
+func (o *offer) whole() bool { return o.commit.LogDigest == "" || o.log != nil }
 
 // reports handles what a worker says of its attempts.
 func (l *leader) reports(sess *session, r *musterpb.Reports) {
@@ -57,6 +59,10 @@ func (l *leader) starts(worker string, r *musterpb.Reports, receivedUnixMS int64
 	var cmds []*musterpb.Command
 	for _, id := range r.Started {
 		if a := l.own(worker, id); a != nil && a.State == musterpb.AttemptState_ATTEMPT_STATE_PLACED && !done[id] {
+			if done == nil {
+				done = map[string]bool{}
+			}
+			done[id] = true // each once, however often it is said
 			cmds = append(cmds, startOf(id, receivedUnixMS))
 		}
 	}
@@ -108,8 +114,11 @@ func (l *leader) examineSmall(worker string, r *musterpb.Reports, receivedUnixMS
 	offers := l.offersOf(worker, r, receivedUnixMS)
 	var small []*offer
 	for _, o := range offers {
-		job := l.State.Job(l.State.Attempt(o.commit.Attempt).Job)
-		if o.inline() && o.commit.OutputBytes <= maxAtOnce && job.Spec.Verify.GetComparator() == verify.Exact {
+		job := l.jobOf(o.commit.Attempt)
+		if job == nil {
+			continue // sealed meanwhile
+		}
+		if o.inline() && o.whole() && o.commit.OutputBytes <= maxAtOnce && job.Spec.Verify.GetComparator() == verify.Exact {
 			small = append(small, o)
 			continue
 		}
@@ -134,7 +143,7 @@ func (l *leader) offersOf(worker string, r *musterpb.Reports, receivedUnixMS int
 	var open []*musterpb.Commit
 	for _, c := range r.Commits {
 		if !l.answered(worker, c) {
-			open = append(open, c)
+			open = append(open, verify.KnownFields(c)) // what nobody signed is not replicated
 		}
 	}
 	if len(open) == 0 {
@@ -195,7 +204,11 @@ func (l *leader) commit(ctx context.Context, o *offer) (then func()) {
 	}
 	a := l.State.Attempt(o.commit.Attempt)
 	if o.inline() {
-		if err := l.checkInline(ctx, a, o); err != nil {
+		err := l.checkInline(ctx, a, o)
+		if err == nil && !o.whole() {
+			err = l.checkStored(ctx, o.commit.Attempt, "log", o.commit.LogDigest)
+		}
+		if err != nil {
 			timedOut := errors.Is(ctx.Err(), context.DeadlineExceeded)
 			return func() { l.refuse(o, err, timedOut) }
 		}

@@ -229,12 +229,19 @@ func (l *leader) checkDurable(ctx context.Context, c *musterpb.Commit) error {
 		if b.digest == "" {
 			continue // only a log may be missing: a program that says nothing has none
 		}
-		_, err := l.Blobs.Stat(ctx, api.Digest(b.digest))
-		if api.KindOf(err) == api.NotFound {
-			return api.Errorf(api.Invalid, "%s of %s: blob %s was not uploaded", b.what, c.Attempt, b.digest)
-		} else if err != nil {
-			return fmt.Errorf("%s of %s: %w", b.what, c.Attempt, err)
+		if err := l.checkStored(ctx, c.Attempt, b.what, b.digest); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+func (l *leader) checkStored(ctx context.Context, attempt, what, digest string) error {
+	_, err := l.Blobs.Stat(ctx, api.Digest(digest))
+	if api.KindOf(err) == api.NotFound {
+		return api.Errorf(api.Invalid, "%s of %s: blob %s was not uploaded", what, attempt, digest)
+	} else if err != nil {
+		return fmt.Errorf("%s of %s: %w", what, attempt, err)
 	}
 	return nil
 }

@@ -41,6 +41,7 @@ type session struct {
 
 	mu      sync.Mutex
 	digests map[string]bool // guarded by mu; what the worker's cache holds
+	version uint64          // guarded by mu; of digests: when they changed last, so that no two sessions share one
 	heard   time.Time       // guarded by mu; of the newest heartbeat
 
 	wasHeard bool // guarded by the leader's mu; what placement was told last
@@ -85,6 +86,12 @@ func (s *session) cached(digest string) bool {
 	return s.digests[digest]
 }
 
+func (s *session) cacheVersion() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.version
+}
+
 // Serve runs a worker's session until the worker leaves, ctx ends, or this
 // node stops leading. owner is the account of the key that the worker showed.
 func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) error {
@@ -105,7 +112,7 @@ func (s *Scheduler) Serve(ctx context.Context, owner string, stream Stream) erro
 		return err
 	}
 	sess := &session{
-		worker: id, owner: owner, outbox: newOutbox(), done: make(chan struct{}), digests: map[string]bool{},
+		worker: id, owner: owner, outbox: newOutbox(), done: make(chan struct{}), digests: map[string]bool{}, version: uint64(time.Now().UnixNano()),
 		heard: time.Now(), wasHeard: true,
 	}
 	welcome, err := l.attach(sess, running)
@@ -322,8 +329,9 @@ func (l *leader) mayContinue(worker, id string) bool {
 		if a.Check != "" {
 			// Its result is refused, as that of work is when another came first.
 			// Stopping it at once, and not work, would tell the two apart.
-			verdict := l.State.Check(a.Check).GetVerdict()
-			return verdict == musterpb.Verdict_VERDICT_UNSPECIFIED || verdict == musterpb.Verdict_VERDICT_AWAITING_DATA
+			check := l.State.Check(a.Check)
+			verdict := check.GetVerdict()
+			return check != nil && (verdict == musterpb.Verdict_VERDICT_UNSPECIFIED || verdict == musterpb.Verdict_VERDICT_AWAITING_DATA)
 		}
 		return job != nil && !state.Ended(job.State) && task.GetResult() == ""
 	}
@@ -422,8 +430,21 @@ func (l *leader) own(worker, id string) *musterpb.Attempt {
 	return nil
 }
 
+// jobOf is the job of an attempt, nil where either is gone: both may be sealed
+// between two reads.
+func (l *leader) jobOf(attempt string) *musterpb.Job {
+	a := l.State.Attempt(attempt)
+	if a == nil {
+		return nil
+	}
+	return l.State.Job(a.Job)
+}
+
 func (l *leader) heartbeat(sess *session, h *musterpb.Heartbeat) {
-	for _, id := range h.Running {
+	for _, id := range h.Running[:min(len(h.Running), maxRunning)] {
+		if sess.closed() {
+			return // it does not read what it is told
+		}
 		l.renew(id, sess.worker)
 		if !l.mayContinue(sess.worker, id) && !l.examined(id) {
 			reason := "it is not one of this worker's"
@@ -433,16 +454,31 @@ func (l *leader) heartbeat(sess *session, h *musterpb.Heartbeat) {
 			sess.tell(func(o *outbox) { o.stop = append(o.stop, &musterpb.Stop{Attempt: id, Reason: reason}) })
 		}
 	}
-	l.mu.Lock()
-	for _, tail := range h.Logs {
-		if lease := l.leases[tail.Attempt]; lease != nil && lease.worker == sess.worker {
-			lease.log = append(lease.log, tail.Data...)
-			lease.log = slices.Clone(lease.log[max(0, len(lease.log)-maxLogTail):])
-		}
-	}
-	l.mu.Unlock()
+	l.keepTails(sess.worker, h.Logs)
 	if sess.hear(h) {
 		l.touch(sess.worker)
+	}
+}
+
+// keepTails keeps the newest output of the worker's attempts: one tail of each in
+// a heartbeat.
+func (l *leader) keepTails(worker string, tails []*musterpb.LogTail) {
+	if len(tails) == 0 {
+		return
+	}
+	seen := make(map[string]bool, len(tails))
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, tail := range tails {
+		lease := l.leases[tail.Attempt]
+		if lease == nil || lease.worker != worker || seen[tail.Attempt] {
+			continue
+		}
+		seen[tail.Attempt] = true
+		lease.log = append(lease.log, tail.Data...)
+		if over := len(lease.log) - maxLogTail; over > 0 {
+			lease.log = slices.Clone(lease.log[over:])
+		}
 	}
 }
 
@@ -463,7 +499,10 @@ func (s *session) hear(h *musterpb.Heartbeat) (changed bool) {
 		}
 	}
 	if h.Full {
-		return !maps.Equal(before, s.digests)
+		changed = !maps.Equal(before, s.digests)
+	}
+	if changed {
+		s.version = uint64(s.heard.UnixNano())
 	}
 	return changed
 }

@@ -96,7 +96,8 @@ const MaxSignedTogether = 4096
 
 // SignCommits signs commits with the worker's key: one signature over the root
 // of the Merkle tree (RFC 6962) whose leaves they are, and in each the proof that
-// it is in there. A commit can be checked without the others.
+// it is in there. A commit can be checked without the others. None may be listed
+// twice.
 func SignCommits(key ed25519.PrivateKey, commits ...*musterpb.Commit) {
 	if len(commits) == 0 {
 		return
@@ -188,10 +189,28 @@ func checkForm(c *musterpb.Commit) error {
 	if c.ArchiveBytes < 0 || c.OutputBytes < 0 {
 		return api.Errorf(api.Invalid, "result of %s: negative size (archive %d bytes, outputs %d bytes)", c.Attempt, c.ArchiveBytes, c.OutputBytes)
 	}
+	if len(c.Signature) != ed25519.SignatureSize {
+		return api.Errorf(api.Denied, "result of %s: the signature is not by the worker that ran it: it has %d bytes, want %d", c.Attempt, len(c.Signature), ed25519.SignatureSize)
+	}
+	// Every scheduler keeps the proof: nothing in it may be larger than it has to be.
+	for _, hash := range c.Path {
+		if len(hash) != sha256.Size {
+			return api.Errorf(api.Invalid, "result of %s: its inclusion proof has a hash of %d bytes, want %d", c.Attempt, len(hash), sha256.Size)
+		}
+	}
 	if c.Leaves > MaxSignedTogether {
 		return api.Errorf(api.TooLarge, "result of %s: signed together with %d others, at most %d are allowed", c.Attempt, c.Leaves, MaxSignedTogether)
 	}
 	return nil
+}
+
+// KnownFields is a commit without what a sender may have added that this version
+// does not know.
+func KnownFields(c *musterpb.Commit) *musterpb.Commit {
+	return &musterpb.Commit{
+		Attempt: c.Attempt, Root: c.Root, ManifestDigest: c.ManifestDigest, ArchiveDigest: c.ArchiveDigest, ArchiveBytes: c.ArchiveBytes,
+		OutputBytes: c.OutputBytes, Signature: c.Signature, LogDigest: c.LogDigest, Leaf: c.Leaf, Leaves: c.Leaves, Path: c.Path,
+	}
 }
 
 // SameResult reports whether two commits bind their worker to the same outputs,

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/protobuf/encoding/protowire"
+
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
 )
@@ -135,21 +137,22 @@ func TestCommitSignatureBindsEveryField(t *testing.T) {
 	}
 	other := string(api.DigestOf([]byte("other")))
 	for name, f := range map[string]func(c *musterpb.Commit){
-		"attempt":       func(c *musterpb.Commit) { c.Attempt = "att-2" },
-		"root":          func(c *musterpb.Commit) { c.Root = api.DigestOf(nil).Sum() },
-		"manifest":      func(c *musterpb.Commit) { c.ManifestDigest = other },
-		"archive":       func(c *musterpb.Commit) { c.ArchiveDigest = other },
-		"log":           func(c *musterpb.Commit) { c.LogDigest = other },
-		"no log":        func(c *musterpb.Commit) { c.LogDigest = "" },
-		"archive bytes": func(c *musterpb.Commit) { c.ArchiveBytes++ },
-		"output bytes":  func(c *musterpb.Commit) { c.OutputBytes++ },
-		"sizes swapped": func(c *musterpb.Commit) { c.ArchiveBytes, c.OutputBytes = c.OutputBytes, c.ArchiveBytes },
-		"signature":     func(c *musterpb.Commit) { c.Signature[0] ^= 1 },
-		"no signature":  func(c *musterpb.Commit) { c.Signature = nil },
-		"leaf":          func(c *musterpb.Commit) { c.Leaf++ },
-		"no leaves":     func(c *musterpb.Commit) { c.Leaves = 0 },
-		"more leaves":   func(c *musterpb.Commit) { c.Leaves++ },
-		"path":          func(c *musterpb.Commit) { c.Path = [][]byte{c.Root} },
+		"attempt":        func(c *musterpb.Commit) { c.Attempt = "att-2" },
+		"root":           func(c *musterpb.Commit) { c.Root = api.DigestOf(nil).Sum() },
+		"manifest":       func(c *musterpb.Commit) { c.ManifestDigest = other },
+		"archive":        func(c *musterpb.Commit) { c.ArchiveDigest = other },
+		"log":            func(c *musterpb.Commit) { c.LogDigest = other },
+		"no log":         func(c *musterpb.Commit) { c.LogDigest = "" },
+		"archive bytes":  func(c *musterpb.Commit) { c.ArchiveBytes++ },
+		"output bytes":   func(c *musterpb.Commit) { c.OutputBytes++ },
+		"sizes swapped":  func(c *musterpb.Commit) { c.ArchiveBytes, c.OutputBytes = c.OutputBytes, c.ArchiveBytes },
+		"signature":      func(c *musterpb.Commit) { c.Signature[0] ^= 1 },
+		"no signature":   func(c *musterpb.Commit) { c.Signature = nil },
+		"leaf":           func(c *musterpb.Commit) { c.Leaf++ },
+		"no leaves":      func(c *musterpb.Commit) { c.Leaves = 0 },
+		"more leaves":    func(c *musterpb.Commit) { c.Leaves++ },
+		"path":           func(c *musterpb.Commit) { c.Path = [][]byte{c.Root} },
+		"long signature": func(c *musterpb.Commit) { c.Signature = append(c.Signature, 0) },
 	} {
 		_, c := signedCommit(t)
 		f(c)
@@ -236,6 +239,15 @@ func TestCommitsSignedTogether(t *testing.T) {
 		}
 	}
 	_, c := signedCommit(t)
+	c.Path = [][]byte{make([]byte, 1<<20)}
+	if err := CheckCommit(public, c); api.KindOf(err) != api.Invalid {
+		t.Errorf("a hash of a megabyte in the proof: %v", err)
+	}
+	c.ProtoReflect().SetUnknown(protowire.AppendString(protowire.AppendTag(nil, 99, protowire.BytesType), "more"))
+	if got := KnownFields(c); len(got.ProtoReflect().GetUnknown()) > 0 || !SameResult(got, c) {
+		t.Errorf("the known fields of %v are %v", c, got)
+	}
+	_, c = signedCommit(t)
 	if c.Leaves = MaxSignedTogether + 1; api.KindOf(CheckCommit(public, c)) != api.TooLarge {
 		t.Error("too many commits under one signature were taken")
 	}

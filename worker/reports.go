@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"slices"
 	"sync"
 
 	"github.com/musternet/muster/api/musterpb"
@@ -79,8 +80,13 @@ func (n *news) take(sign func(...*musterpb.Commit)) *musterpb.WorkerMessage {
 	if len(started)+len(list) == 0 {
 		return nil
 	}
-	m := &musterpb.Reports{Started: started}
+	m := &musterpb.Reports{Started: distinct(started)}
+	said := map[*report]bool{}
 	for _, r := range list {
+		if said[r] {
+			continue // it was said, and then again since nobody had answered yet
+		}
+		said[r] = true
 		if r.failed != nil {
 			m.Failed = append(m.Failed, r.failed)
 			continue
@@ -90,6 +96,16 @@ func (n *news) take(sign func(...*musterpb.Commit)) *musterpb.WorkerMessage {
 	}
 	sign(m.Commits...)
 	return &musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: m}}
+}
+
+// distinct drops repeats.
+func distinct(list []string) []string {
+	seen := make(map[string]bool, len(list))
+	return slices.DeleteFunc(list, func(s string) bool {
+		again := seen[s]
+		seen[s] = true
+		return again
+	})
 }
 
 func (w *Worker) sign(commits ...*musterpb.Commit) { verify.SignCommits(w.Key, commits...) }

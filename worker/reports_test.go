@@ -1,10 +1,13 @@
 package worker
 
 import (
+	"crypto/ed25519"
 	"fmt"
 	"testing"
 
+	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/verify"
 )
 
 func TestNewsTravelTogether(t *testing.T) {
@@ -31,6 +34,36 @@ func TestNewsTravelTogether(t *testing.T) {
 	}
 	if m := n.take(sign); m != nil {
 		t.Errorf("%v is said twice", m)
+	}
+}
+
+// A report that waits is said again when a session begins: once in a message,
+// under a signature that holds.
+func TestReportSaidTwice(t *testing.T) {
+	public, key, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := newNews()
+	var list []*report
+	for i := range 3 {
+		digest := string(api.DigestOf([]byte{byte(i)}))
+		list = append(list, &report{commit: &musterpb.Commit{Attempt: fmt.Sprint(i), Root: make([]byte, 32), ManifestDigest: digest, ArchiveDigest: digest}})
+	}
+	for range 2 {
+		for _, r := range list {
+			n.sayStarted(r.commit.Attempt)
+			n.sayEnded(r)
+		}
+	}
+	m := n.take(func(c ...*musterpb.Commit) { verify.SignCommits(key, c...) }).GetReports()
+	if len(m.GetCommits()) != 3 || len(m.Started) != 3 {
+		t.Errorf("%d commits and %d starts, want 3", len(m.Commits), len(m.Started))
+	}
+	for _, err := range verify.CheckCommits(public, m.Commits) {
+		if err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -57,6 +58,9 @@ func (codec) MarshalAppend(dst []byte, message any) ([]byte, error) {
 func (codec) Unmarshal(data []byte, message any) error {
 	switch m := message.(type) {
 	case generated:
+		if n := countFields(data, 3, maxFields); n > maxFields {
+			return fmt.Errorf("a message of more than %d fields", maxFields)
+		}
 		if r, ok := message.(interface{ Reset() }); ok {
 			r.Reset()
 		}
@@ -65,4 +69,31 @@ func (codec) Unmarshal(data []byte, message any) error {
 		return proto.Unmarshal(data, m)
 	}
 	return fmt.Errorf("%T is no protobuf message", message)
+}
+
+// maxFields bounds the fields of a message, with those of what it holds: two
+// bytes are enough for an empty message that takes hundreds once it is decoded.
+const maxFields = 1 << 16
+
+// countFields counts the fields of an encoded message, and below it as deep as
+// it is told, until there are more than a limit. Bytes that are no message count
+// as what they can be read as; those that can't be read count no further.
+func countFields(data []byte, depth, limit int) (n int) {
+	for len(data) > 0 && n <= limit {
+		_, kind, tag := protowire.ConsumeTag(data)
+		if tag < 0 {
+			return n
+		}
+		size := protowire.ConsumeFieldValue(1, kind, data[tag:])
+		if size < 0 {
+			return n
+		}
+		n++
+		if kind == protowire.BytesType && depth > 1 {
+			value, _ := protowire.ConsumeBytes(data[tag:])
+			n += countFields(value, depth-1, limit-n)
+		}
+		data = data[tag+size:]
+	}
+	return n
 }

@@ -45,14 +45,49 @@ func TestCodec(t *testing.T) {
 	}
 }
 
+// A small message may not take much memory once it is decoded.
+func TestCodecBoundsFields(t *testing.T) {
+	large := &musterpb.Reports{Commits: make([]*musterpb.Commit, maxFields)}
+	for i := range large.Commits {
+		large.Commits[i] = &musterpb.Commit{}
+	}
+	for _, m := range []*musterpb.WorkerMessage{
+		{Message: &musterpb.WorkerMessage_Reports{Reports: large}},
+		{Message: &musterpb.WorkerMessage_Reports{Reports: &musterpb.Reports{Commits: []*musterpb.Commit{{Path: make([][]byte, maxFields)}}}}},
+		{Message: &musterpb.WorkerMessage_Heartbeat{Heartbeat: &musterpb.Heartbeat{Running: make([]string, maxFields)}}},
+	} {
+		data, err := m.MarshalVT()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := (codec{}).Unmarshal(data, &musterpb.WorkerMessage{}); err == nil {
+			t.Errorf("%d bytes with more than %d fields were decoded", len(data), maxFields)
+		}
+	}
+	// What workers really send at most is taken: compressed outputs look like fields, too.
+	full := &musterpb.Reports{}
+	for range 256 {
+		full.Commits = append(full.Commits, &musterpb.Commit{Attempt: "att-1", Path: make([][]byte, 8), Root: make([]byte, 32), Signature: make([]byte, 64)})
+		full.Blobs = append(full.Blobs, make([]byte, 4<<10), bytes.Repeat([]byte{0x0a, 0x02, 1, 2}, 100))
+	}
+	data, err := (codec{}).Marshal(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: full}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := (codec{}).Unmarshal(data, &musterpb.WorkerMessage{}); err != nil {
+		t.Errorf("a full message: %v", err)
+	}
+}
+
 // BenchmarkCodec is a worker's report of 20 small results, each way, with the
 // codec of sessions and with connect's own way.
 func BenchmarkCodec(b *testing.B) {
-	reports := &musterpb.Reports{}
+	list := &musterpb.Reports{}
 	for i := range 20 {
-		reports.Started = append(reports.Started, fmt.Sprintf("att-%016x", i))
-		reports.Blobs = append(reports.Blobs, make([]byte, 600))
+		list.Started = append(list.Started, fmt.Sprintf("att-%016x", i))
+		list.Blobs = append(list.Blobs, make([]byte, 600))
 	}
+	reports := &musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: list}}
 	data, err := codec{}.Marshal(reports)
 	if err != nil {
 		b.Fatal(err)
@@ -60,12 +95,12 @@ func BenchmarkCodec(b *testing.B) {
 	var buffer []byte // connect uses its buffers again
 	for name, f := range map[string]func() error{
 		"marshal":   func() (err error) { buffer, err = codec{}.MarshalAppend(buffer[:0], reports); return err },
-		"unmarshal": func() error { return codec{}.Unmarshal(data, &musterpb.Reports{}) },
+		"unmarshal": func() error { return codec{}.Unmarshal(data, &musterpb.WorkerMessage{}) },
 		"reflected-marshal": func() (err error) {
 			buffer, err = proto.MarshalOptions{}.MarshalAppend(buffer[:0], reports)
 			return err
 		},
-		"reflected-unmarshal": func() error { return proto.Unmarshal(data, &musterpb.Reports{}) },
+		"reflected-unmarshal": func() error { return proto.Unmarshal(data, &musterpb.WorkerMessage{}) },
 	} {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()

@@ -2662,6 +2662,7 @@ type Answered struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Command       string                 `protobuf:"bytes,1,opt,name=command,proto3" json:"command,omitempty"`
 	Answer        *Answer                `protobuf:"bytes,2,opt,name=answer,proto3" json:"answer,omitempty"`
+	TimeUnixMs    int64                  `protobuf:"varint,3,opt,name=time_unix_ms,json=timeUnixMs,proto3" json:"time_unix_ms,omitempty"` // of the command
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2708,6 +2709,13 @@ func (x *Answered) GetAnswer() *Answer {
 		return x.Answer
 	}
 	return nil
+}
+
+func (x *Answered) GetTimeUnixMs() int64 {
+	if x != nil {
+		return x.TimeUnixMs
+	}
+	return 0
 }
 
 // Answer is what Apply says to the proposer.
@@ -3568,10 +3576,12 @@ const file_muster_v1_state_proto_rawDesc = "" +
 	"firstEpoch\x12\x1d\n" +
 	"\n" +
 	"last_epoch\x18\n" +
-	" \x01(\x04R\tlastEpoch\"O\n" +
+	" \x01(\x04R\tlastEpoch\"q\n" +
 	"\bAnswered\x12\x18\n" +
 	"\acommand\x18\x01 \x01(\tR\acommand\x12)\n" +
-	"\x06answer\x18\x02 \x01(\v2\x11.muster.v1.AnswerR\x06answer\"M\n" +
+	"\x06answer\x18\x02 \x01(\v2\x11.muster.v1.AnswerR\x06answer\x12 \n" +
+	"\ftime_unix_ms\x18\x03 \x01(\x03R\n" +
+	"timeUnixMs\"M\n" +
 	"\x06Answer\x12\x1d\n" +
 	"\n" +
 	"error_kind\x18\x01 \x01(\rR\terrorKind\x12\x14\n" +

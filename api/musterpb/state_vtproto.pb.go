@@ -662,6 +662,7 @@ func (m *Answered) CloneVT() *Answered {
 	r := new(Answered)
 	r.Command = m.Command
 	r.Answer = m.Answer.CloneVT()
+	r.TimeUnixMs = m.TimeUnixMs
 	if len(m.unknownFields) > 0 {
 		r.unknownFields = make([]byte, len(m.unknownFields))
 		copy(r.unknownFields, m.unknownFields)
@@ -1953,6 +1954,9 @@ func (this *Answered) EqualVT(that *Answered) bool {
 		return false
 	}
 	if !this.Answer.EqualVT(that.Answer) {
+		return false
+	}
+	if this.TimeUnixMs != that.TimeUnixMs {
 		return false
 	}
 	return string(this.unknownFields) == string(that.unknownFields)
@@ -4497,6 +4501,11 @@ func (m *Answered) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.TimeUnixMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.TimeUnixMs))
+		i--
+		dAtA[i] = 0x18
+	}
 	if m.Answer != nil {
 		size, err := m.Answer.MarshalToSizedBufferVT(dAtA[:i])
 		if err != nil {
@@ -6084,6 +6093,9 @@ func (m *Answered) SizeVT() (n int) {
 	if m.Answer != nil {
 		l = m.Answer.SizeVT()
 		n += 1 + l + protohelpers.SizeOfVarint(uint64(l))
+	}
+	if m.TimeUnixMs != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.TimeUnixMs))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -12484,6 +12496,25 @@ func (m *Answered) UnmarshalVT(dAtA []byte) error {
 				return err
 			}
 			iNdEx = postIndex
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field TimeUnixMs", wireType)
+			}
+			m.TimeUnixMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.TimeUnixMs |= int64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])

@@ -65,7 +65,9 @@ type Cluster interface {
 // Limits of what the API takes.
 const (
 	MaxRequestBytes = 8 << 20
-	MaxBlobBytes    = 64 << 30
+	// maxReportBytes bounds a message of a worker; workers send at most half as much.
+	maxReportBytes = 4 << 20
+	MaxBlobBytes   = 64 << 30
 )
 
 // Config is what a server is made of.
@@ -103,7 +105,7 @@ func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
 	path, muster := musterpbconnect.NewMusterHandler(s, options...)
 	mux.Handle(path, s.forwarded(s.authenticated(muster))) // the leader knows every key
-	path, sessions := musterpbconnect.NewSessionsHandler((*sessionService)(s), append(options, client.SessionWire())...)
+	path, sessions := musterpbconnect.NewSessionsHandler((*sessionService)(s), append(options, client.SessionWire(), connect.WithReadMaxBytes(maxReportBytes))...)
 	mux.Handle(path, s.authenticated(writesWithin(sessionWrite, sessions)))
 	path, peers := musterpbconnect.NewPeersHandler((*peerService)(s), options...)
 	mux.Handle(path, s.forwarded(peers))

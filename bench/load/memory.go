@@ -13,8 +13,8 @@ import (
 const (
 	memoryWorkers = 1000
 	memorySlots   = 32
-	// Raft keeps the last 1,024 log entries in memory, whatever they are. So many
-	// small commands, of which few travel together, replace them.
+	// Raft keeps the last log entries (replica.LogCache) in memory, whatever they
+	// are. So many small commands, of which few travel together, replace them.
 	smallCommands = 4096
 	smallClients  = 4
 )

@@ -7,8 +7,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockClock makes cpuTime that of the caller.
-func lockClock() { runtime.LockOSThread() }
+// lockClock makes cpuTime that of the caller, until the function that it returns
+// is called.
+func lockClock() (unlock func()) {
+	runtime.LockOSThread()
+	return runtime.UnlockOSThread
+}
 
 // cpuTime is how long this thread has run: other programs, and the collector's
 // own threads, do not count.

@@ -6,7 +6,7 @@ import "time"
 
 var began = time.Now()
 
-func lockClock() {}
+func lockClock() (unlock func()) { return func() {} }
 
 // cpuTime is wall time, where there is no clock of the thread.
 func cpuTime() time.Duration { return time.Since(began) }

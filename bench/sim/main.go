@@ -66,7 +66,6 @@ func simulate(small bool, seed uint64, out, profile string) (err error) {
 	if small {
 		s = quick
 	}
-	lockClock()
 	debug.SetGCPercent(400) // as muster scheduler
 	results := map[string]float64{}
 	costs(s, seed, results)

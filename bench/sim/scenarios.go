@@ -43,6 +43,7 @@ type load struct {
 // measureCost fills a network, lets it run so full for a number of decisions,
 // and takes the time of those.
 func measureCost(seed uint64, l load) cost {
+	defer lockClock()()
 	var customers []string
 	for i := range 8 {
 		customers = append(customers, shuffleKey(i))

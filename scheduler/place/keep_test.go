@@ -139,3 +139,24 @@ func TestKeepsNothingOutOfTurn(t *testing.T) {
 		})
 	}
 }
+
+// An account whose jobs want machines that nobody has, each in another way, has
+// nobody else's jobs wait.
+func TestJobsThatFitNowhere(t *testing.T) {
+	e := NewEngine(seedOf)
+	const workers = 2000
+	for i := range workers {
+		e.SetWorker(worker(fmt.Sprintf("w%04d", i)))
+	}
+	for i := range 4 * maxAccountReviews / workers {
+		j := job(fmt.Sprintf("odd%d", i), func(j *musterpb.Job) {
+			j.Account = "a-odd"
+			j.Spec.Resources.MemoryBytes = 1<<50 + int64(i)
+		})
+		e.SetJob(tasks(j, 1))
+	}
+	e.SetJob(tasks(job("plain", func(j *musterpb.Job) { j.Account = "plain" }), 4))
+	if got := e.Plan(1, 100); len(got) != 4 {
+		t.Errorf("placed %s in the first round", text(got))
+	}
+}

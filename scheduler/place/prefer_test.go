@@ -95,7 +95,7 @@ func TestSpreadCountsWhatRuns(t *testing.T) {
 	e.SetAttempt(j, &musterpb.Attempt{Id: "att-c", Worker: "c", Owner: "owner of c", State: musterpb.AttemptState_ATTEMPT_STATE_RUNNING})
 	e.SetAttempt(j, attempt("b", musterpb.AttemptState_ATTEMPT_STATE_COMMITTED))
 	e.SetTasks(state.Work{Job: j, Next: 1, End: 9})
-	if got := text(e.Plan(0, 3)); got != "j1/1→b j1/2→b j1/3→a" { // of equals the fuller
+	if got := text(e.Plan(0, 3)); got != "j1/1→b j1/2→b j1/3→c" { // of equals the fuller
 		t.Errorf("got %s", got)
 	}
 	for _, w := range []string{"a", "b", "c"} {

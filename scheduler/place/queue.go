@@ -87,6 +87,8 @@ type account struct {
 	lanes map[*gate]*lane
 	open  heap[*lane] // that may go on, by their first request
 	pos   int         // among the accounts with such lanes, -1 elsewhere
+
+	reviews int // machines that were looked at for it in this round
 }
 
 func newAccount(name string) *account {

@@ -35,6 +35,10 @@ const (
 	maxInFlight      = 8 // entries that were given to Raft and not answered
 )
 
+// LogCache is how many entries stay in memory for followers that lag a little;
+// under load one has hundreds of kilobytes.
+const LogCache = 128
+
 // Config is what a replica needs to know.
 type Config struct {
 	ID     api.NodeID
@@ -117,7 +121,7 @@ func Open(cfg Config, st *state.State) (_ *Replica, err error) {
 	if r.log, err = wal.Open(filepath.Join(cfg.Dir, "wal"), wal.WithLogger(hlog), wal.WithSegmentSize(cmp.Or(cfg.segmentBytes, wal.DefaultSegmentSize))); err != nil {
 		return nil, fmt.Errorf("opening the log in %s: %w", cfg.Dir, err)
 	}
-	cache, err := raft.NewLogCache(1024, r.log)
+	cache, err := raft.NewLogCache(LogCache, r.log)
 	if err != nil {
 		return nil, err
 	}

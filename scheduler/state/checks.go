@@ -13,6 +13,9 @@ import (
 	"github.com/musternet/muster/verify"
 )
 
+// MaxBatch bounds the commits that are drawn together, which one Apply does.
+const MaxBatch = 4096
+
 // closeBatch fixes which commits are drawn together, before any reveal. The
 // oldest commits come first, and one batch is drawn at a time.
 func (s *State) closeBatch(c *musterpb.CloseBatch) (string, error) {

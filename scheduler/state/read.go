@@ -276,10 +276,11 @@ func (s *State) Committed() (waiting int, free bool, epoch uint64, digest []byte
 	defer s.mu.RUnlock()
 	last := s.batches.Get(s.epoch)
 	free = last == nil || last.Drawn
-	if len(s.openBatch) > 0 {
-		digest = s.batchDigest(s.epoch+1, s.openBatch)
+	waiting = min(len(s.openBatch), MaxBatch)
+	if waiting > 0 {
+		digest = s.batchDigest(s.epoch+1, s.openBatch[:waiting])
 	}
-	return len(s.openBatch), free, s.epoch + 1, digest
+	return waiting, free, s.epoch + 1, digest
 }
 
 // Drawing is the batch that waits for reveals, nil when there is none.

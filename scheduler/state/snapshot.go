@@ -92,7 +92,7 @@ func (s *Snapshot) records(out *recordWriter) {
 		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Segment{Segment: segment}})
 	}
 	for _, id := range s.answerOrder {
-		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Answered{Answered: &musterpb.Answered{Command: id, Answer: s.answered.Get(id)}}})
+		out.put(&musterpb.SnapshotRecord{Record: &musterpb.SnapshotRecord_Answered{Answered: s.answered.Get(id)}})
 	}
 }
 
@@ -431,7 +431,7 @@ func (d *data) take(record *musterpb.SnapshotRecord) error {
 		d.segments = append(d.segments, v.Segment)
 	case *musterpb.SnapshotRecord_Answered:
 		d.answerOrder = append(d.answerOrder, v.Answered.Command)
-		return once(d.answered, v.Answered.Command, v.Answered.Answer)
+		return once(d.answered, v.Answered.Command, v.Answered)
 	default:
 		return errors.New("a record of a kind that this version does not know; upgrade muster")
 	}

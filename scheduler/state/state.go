@@ -24,9 +24,15 @@ import (
 // FeePPM is the network's share of every payment.
 const FeePPM = 50_000
 
-// maxAnswered bounds how many client-chosen command IDs are remembered; a
-// repeat that comes later than that many commands is not recognised any more.
-const maxAnswered = 1 << 16
+// How long answers to client-chosen command IDs are remembered: the newest
+// always, and all for several times as long as a client goes on repeating a
+// command that was not answered, as far as memory is given for it. A later repeat
+// is a new command.
+const (
+	leastAnswered = 1 << 16
+	maxAnswered   = 1 << 20
+	answeredForMS = 60_000
+)
 
 // State is the replicated state of one scheduler. All methods are safe for
 // concurrent use; Apply excludes everything else, reads run together.
@@ -61,7 +67,7 @@ type data struct {
 	checks      *table.Map[string, *musterpb.Check]
 	batches     *table.Map[uint64, *musterpb.Batch]
 	records     *table.Map[recordKey, *musterpb.Record]
-	answered    *table.Map[string, *musterpb.Answer]
+	answered    *table.Map[string, *musterpb.Answered]
 	answerOrder []string
 	segments    []*musterpb.Segment
 	ledger      *ledger.Ledger
@@ -94,7 +100,7 @@ func newData() data {
 		jobs: table.New[string, *musterpb.Job](table.HashString), tasks: table.New[taskKey, *musterpb.Task](taskKey.hash),
 		attempts: table.New[string, *musterpb.Attempt](table.HashString), checks: table.New[string, *musterpb.Check](table.HashString),
 		batches: table.New[uint64, *musterpb.Batch](table.HashUint64), records: table.New[recordKey, *musterpb.Record](recordKey.hash),
-		answered: table.New[string, *musterpb.Answer](table.HashString), ledger: ledger.New(),
+		answered: table.New[string, *musterpb.Answered](table.HashString), ledger: ledger.New(),
 		dropped: table.New[string, struct{}](table.HashString),
 	}
 }
@@ -146,7 +152,7 @@ func (s *State) wake() {
 func (s *State) apply(cmd *musterpb.Command, answer *musterpb.Answer) *musterpb.Answer {
 	if cmd.Id != "" {
 		if first := s.answered.Get(cmd.Id); first != nil {
-			return first
+			return first.Answer
 		}
 	}
 	s.now = max(s.now, cmd.TimeUnixMs)
@@ -219,10 +225,14 @@ func (s *State) dispatch(cmd *musterpb.Command) (id string, err error) {
 }
 
 func (s *State) remember(id string, answer *musterpb.Answer) {
-	s.answered.Set(id, answer)
+	s.answered.Set(id, &musterpb.Answered{Command: id, Answer: answer, TimeUnixMs: s.now})
 	s.answerOrder = append(s.answerOrder, id)
-	if len(s.answerOrder) > maxAnswered {
-		s.answered.Delete(s.answerOrder[0])
+	for n := len(s.answerOrder); n > leastAnswered; n-- {
+		oldest := s.answered.Get(s.answerOrder[0])
+		if n <= maxAnswered && s.now-oldest.TimeUnixMs <= answeredForMS {
+			break
+		}
+		s.answered.Delete(oldest.Command)
 		s.answerOrder = s.answerOrder[1:] // append moves it now and then, at a constant cost per command
 	}
 }

@@ -85,26 +85,36 @@ func TestUnknownCommands(t *testing.T) {
 	s.Apply(&musterpb.Command{})
 }
 
-// Only so many answers are remembered, the newest.
+// The newest answers are remembered, and all of the last minute.
 func TestAnswersAreForgotten(t *testing.T) {
 	s := New()
+	at := int64(1000)
 	apply := func(id, account string) string {
-		return s.Apply(&musterpb.Command{Id: id, Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: account}}}).Error
+		return s.Apply(&musterpb.Command{Id: id, TimeUnixMs: at, Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: account}}}).Error
 	}
 	apply("first", "a")
 	apply("second", "a")
-	for i := range maxAnswered - 2 {
-		s.Apply(&musterpb.Command{Id: strconv.Itoa(i), Ignorable: true})
+	for i := range leastAnswered {
+		s.Apply(&musterpb.Command{Id: strconv.Itoa(i), TimeUnixMs: at, Ignorable: true})
 	}
-	if err := apply("first", "a"); err != "" {
-		t.Errorf("a repeat of the oldest command: %s", err)
+	at += answeredForMS
+	if s.Apply(&musterpb.Command{Id: "within the minute", TimeUnixMs: at, Ignorable: true}); apply("first", "a") != "" {
+		t.Error("a repeat within a minute was taken for a new command")
 	}
-	s.Apply(&musterpb.Command{Id: "one more", Ignorable: true})
-	if err := apply("first", "a"); err == "" {
+	at++
+	s.Apply(&musterpb.Command{Id: "later", TimeUnixMs: at, Ignorable: true})
+	if apply("first", "a") == "" {
 		t.Error("a command is still remembered")
 	}
+	if n := s.answered.Len(); n != leastAnswered || len(s.answerOrder) != n {
+		t.Errorf("%d answers are remembered, %d in order, want %d", n, len(s.answerOrder), leastAnswered)
+	}
+	// Memory is bounded, however fast they come.
+	for i := range maxAnswered + 10 {
+		s.Apply(&musterpb.Command{Id: "burst " + strconv.Itoa(i), TimeUnixMs: at, Ignorable: true})
+	}
 	if n := s.answered.Len(); n != maxAnswered || len(s.answerOrder) != n {
-		t.Errorf("%d answers are remembered, %d in order", n, len(s.answerOrder))
+		t.Errorf("%d answers are remembered, %d in order, want %d", n, len(s.answerOrder), maxAnswered)
 	}
 }
 

@@ -114,7 +114,7 @@ func (c *cluster) start(cfg Config) error {
 		conf := replica.RaftConfig(cmp.Or(cfg.ElectionTimeout, electionTimeout))
 		conf.LocalID, conf.Logger = servers[i].ID, hlog
 		conf.SnapshotThreshold = 1 << 60 // there is no state to take one of
-		cache, err := raft.NewLogCache(1024, c.logs[i])
+		cache, err := raft.NewLogCache(replica.LogCache, c.logs[i])
 		if err != nil {
 			return err
 		}
