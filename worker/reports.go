@@ -3,6 +3,7 @@ package worker
 import (
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/musternet/muster/api/musterpb"
 	"github.com/musternet/muster/verify"
@@ -16,21 +17,35 @@ const (
 	maxReportsBytes = 1 << 20
 )
 
-// news gathers what there is to say of the attempts while the stream is busy:
-// nothing waits on an idle one, and what waits on a busy one is said, and signed,
-// together.
+// news gathers what there is to say of the attempts. While the schedulers have
+// not answered the last results, further ones wait for maxHold at most, so that
+// what a busy scheduler can't take yet is said, and signed, together; an idle one
+// answers at once, and nothing waits.
 type news struct {
 	mu      sync.Mutex
-	started []string      // guarded by mu
-	ended   []*report     // guarded by mu
-	wake    chan struct{} // capacity 1: there is something
+	started []string            // guarded by mu
+	ended   []*report           // guarded by mu
+	open    map[string]struct{} // guarded by mu; attempts whose end was said and not answered
+	last    time.Time           // guarded by mu; when an end was said
+	later   *time.Timer         // guarded by mu; rings wake when what is held has waited enough; nil: none does
+	wake    chan struct{}       // capacity 1: there is something
 }
+
+// maxHold is how long a result waits for the answer to the ones before.
+const maxHold = 100 * time.Millisecond
 
 // report is how an attempt ended: with a result or with a failure.
 type report struct {
 	commit *musterpb.Commit
 	blobs  [][]byte // of the commit, small enough to travel along
 	failed *musterpb.AttemptFailed
+}
+
+func (r *report) attempt() string {
+	if r.failed != nil {
+		return r.failed.Attempt
+	}
+	return r.commit.Attempt
 }
 
 func (r *report) size() (n int) {
@@ -40,7 +55,7 @@ func (r *report) size() (n int) {
 	return n
 }
 
-func newNews() *news { return &news{wake: make(chan struct{}, 1)} }
+func newNews() *news { return &news{open: map[string]struct{}{}, wake: make(chan struct{}, 1)} }
 
 // sayStarted says that an attempt began.
 func (n *news) sayStarted(attempt string) {
@@ -58,10 +73,53 @@ func (n *news) say(add func()) {
 		add()
 	}
 	n.mu.Unlock()
+	n.ring()
+}
+
+func (n *news) ring() {
 	select {
 	case n.wake <- struct{}{}:
 	default:
 	}
+}
+
+// answered notes that the schedulers know how an attempt ended, or do not want
+// to.
+func (n *news) answered(attempt string) {
+	n.mu.Lock()
+	delete(n.open, attempt)
+	ready := len(n.open) == 0 && len(n.ended) > 0
+	n.mu.Unlock()
+	if ready {
+		n.ring()
+	}
+}
+
+// begin begins a session: what was said in the one before may be lost.
+func (n *news) begin() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	clear(n.open)
+}
+
+// holds reports whether results wait for an answer; mu is held.
+func (n *news) holds() bool {
+	if len(n.open) == 0 || len(n.ended) == 0 {
+		return false
+	}
+	left := maxHold - time.Since(n.last)
+	if left <= 0 {
+		return false
+	}
+	if n.later == nil {
+		n.later = time.AfterFunc(left, func() {
+			n.mu.Lock()
+			n.later = nil
+			n.mu.Unlock()
+			n.ring()
+		})
+	}
+	return true
 }
 
 // take is the next message, nil when there is nothing to say. sign signs the
@@ -69,13 +127,17 @@ func (n *news) say(add func()) {
 func (n *news) take(sign func(...*musterpb.Commit)) *musterpb.WorkerMessage {
 	n.mu.Lock()
 	started := n.started
-	size, ended := 0, 0
-	for ended < len(n.ended) && ended < maxReports && (ended == 0 || size+n.ended[ended].size() <= maxReportsBytes) {
+	hold, size, ended := n.holds(), 0, 0
+	for !hold && ended < len(n.ended) && ended < maxReports && (ended == 0 || size+n.ended[ended].size() <= maxReportsBytes) {
 		size += n.ended[ended].size()
 		ended++
 	}
 	list := n.ended[:ended:ended]
 	n.started, n.ended = nil, n.ended[ended:]
+	for _, r := range list {
+		n.open[r.attempt()] = struct{}{}
+		n.last = time.Now()
+	}
 	n.mu.Unlock()
 	if len(started)+len(list) == 0 {
 		return nil

@@ -3,7 +3,10 @@ package worker
 import (
 	"crypto/ed25519"
 	"fmt"
+	"slices"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/musterpb"
@@ -35,6 +38,55 @@ func TestNewsTravelTogether(t *testing.T) {
 	if m := n.take(sign); m != nil {
 		t.Errorf("%v is said twice", m)
 	}
+}
+
+// Results that end while the ones before are not answered wait for the answer,
+// and not for longer than they may.
+func TestResultsWaitForTheAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNews()
+		sign := func(...*musterpb.Commit) {}
+		end := func(attempt string) { n.sayEnded(&report{commit: &musterpb.Commit{Attempt: attempt}}) }
+		said := func() (ids []string) {
+			for _, c := range n.take(sign).GetReports().GetCommits() {
+				ids = append(ids, c.Attempt)
+			}
+			return ids
+		}
+		end("1")
+		if got := said(); !slices.Equal(got, []string{"1"}) {
+			t.Errorf("at first it says %v", got)
+		}
+		end("2")
+		end("3")
+		n.sayStarted("4")
+		if m := n.take(sign).GetReports(); len(m.GetCommits()) > 0 || len(m.Started) != 1 {
+			t.Errorf("before the answer it says %v; want the start alone", m)
+		}
+		n.answered("1")
+		<-n.wake
+		if got := said(); !slices.Equal(got, []string{"2", "3"}) {
+			t.Errorf("after the answer it says %v", got)
+		}
+		end("5")
+		n.answered("2")
+		if got := said(); got != nil {
+			t.Errorf("after half of the answer it says %v", got)
+		}
+		for len(n.wake) > 0 {
+			<-n.wake
+		}
+		began := time.Now()
+		<-n.wake // by itself
+		if got := said(); !slices.Equal(got, []string{"5"}) || time.Since(began) > maxHold {
+			t.Errorf("after %s it says %v", time.Since(began), got)
+		}
+		end("6")
+		n.begin() // another session: nobody will answer what the last one took
+		if got := said(); !slices.Equal(got, []string{"6"}) {
+			t.Errorf("in a new session it says %v", got)
+		}
+	})
 }
 
 // A report that waits is said again when a session begins: once in a message,
@@ -76,6 +128,7 @@ func TestNewsAreBounded(t *testing.T) {
 	n.sayEnded(&report{commit: &musterpb.Commit{Attempt: "5"}, blobs: [][]byte{make([]byte, 2*maxReportsBytes)}})
 	next := 0
 	for m := n.take(sign); m != nil; m = n.take(sign) {
+		n.begin() // as if all were answered
 		commits := m.GetReports().Commits
 		if size := m.SizeVT(); size > maxReportsBytes+1000 && len(commits) > 1 {
 			t.Errorf("a message of %d results has %d bytes", len(commits), size)

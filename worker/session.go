@@ -97,6 +97,7 @@ func (w *Worker) serve(ctx context.Context, s *stream, welcome *musterpb.Welcome
 	for _, id := range welcome.Stop {
 		w.forget(id, "the schedulers do not want it any more")
 	}
+	w.news.begin()
 	w.reportAgain()
 	received := make(chan error, 1)
 	receiver.Go(func() {
@@ -157,12 +158,14 @@ func (w *Worker) receive(m *musterpb.SchedulerMessage) {
 	}
 	for _, s := range orders.GetStop() {
 		w.forget(s.Attempt, s.Reason)
+		w.news.answered(s.Attempt)
 	}
 	for _, o := range orders.GetOutcomes() {
 		if !o.Accepted {
 			w.Logger.Warn("a result was refused", "attempt", o.Attempt, "reason", o.Reason)
 		}
 		w.forget(o.Attempt, "")
+		w.news.answered(o.Attempt)
 	}
 }
 

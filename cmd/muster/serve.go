@@ -76,7 +76,7 @@ network or on loopback.`,
 	f.StringVar(&c.RaftAdvertise, "raft-advertise", "", "the same as the others dial it (default: --raft-listen)")
 	f.StringSliceVar(&join, "join", nil, "API addresses of the cluster to join")
 	f.StringVar(&c.Blobs, "blobs", "", "URL of a shared blob store, such as s3://bucket?region=eu-central-1 (default: on the schedulers, replicated)")
-	f.DurationVar(&c.ElectionTimeout, "election-timeout", 300*time.Millisecond, "how long a silent leader is followed")
+	f.DurationVar(&c.ElectionTimeout, "election-timeout", 350*time.Millisecond, "how long a silent leader is followed")
 	f.DurationVar(&c.Timing.LeaseTTL, "lease-ttl", scheduler.DefaultLeaseTTL, "how long a worker may be silent before its work is placed elsewhere")
 	f.DurationVar(&c.Timing.ReconnectGrace, "reconnect-grace", scheduler.DefaultReconnectGrace, "the same once its connection broke")
 	f.DurationVar(&c.Timing.RevealTimeout, "reveal-timeout", scheduler.DefaultRevealTimeout, "how long a draw waits for the other schedulers")

@@ -20,6 +20,7 @@ import (
 	"github.com/musternet/muster/api"
 	"github.com/musternet/muster/api/client"
 	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/verify"
 )
 
 // PriceMicroUSDPerHour is what every worker asks.
@@ -118,6 +119,9 @@ type worker struct {
 	mu     sync.Mutex
 	stream *stream         // guarded by mu, which also orders what is sent; nil without a session
 	runs   map[string]*run // guarded by mu; attempts without an answer
+	ready  []work          // guarded by mu; produced, and not reported yet
+	open   map[string]bool // guarded by mu; reported in this session, and not answered
+	hold   *time.Timer     // guarded by mu; reports what is ready though nothing was answered; nil: nothing waits
 	beats  int             // guarded by mu
 	beat   *time.Timer     // guarded by mu
 }
@@ -136,7 +140,7 @@ func newWorker(f *Fleet, i int) (*worker, error) {
 	}
 	return &worker{
 		fleet: f, name: fmt.Sprintf("worker-%d", i), key: key, apiKey: f.Keys[i%len(f.Keys)], addresses: append([]string(nil), f.Addresses...),
-		http: &http.Client{Transport: client.NewTransport()}, runs: map[string]*run{},
+		http: &http.Client{Transport: client.NewTransport()}, runs: map[string]*run{}, open: map[string]bool{},
 	}, nil
 }
 
@@ -265,6 +269,8 @@ func (w *worker) begin(s *stream, welcome *musterpb.Welcome) {
 		delete(w.runs, id)
 	}
 	w.stream = s
+	w.ready = nil
+	clear(w.open)
 	w.sayAgain()
 	every := time.Duration(welcome.HeartbeatMs) * time.Millisecond
 	w.beat = time.AfterFunc(every, func() { w.heartbeat(s, every) })
@@ -308,6 +314,8 @@ func (w *worker) sayAgain() {
 			r.result.appendTo(out)
 		}
 	}
+	w.ready = nil // it is among them
+	verify.SignCommits(w.key, out.Commits...)
 	if len(out.Started) > 0 {
 		w.send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: out}})
 	}
@@ -319,6 +327,7 @@ func (w *worker) receive(o *musterpb.Orders) {
 	w.mu.Lock()
 	for _, s := range o.Stop {
 		delete(w.runs, s.Attempt)
+		delete(w.open, s.Attempt)
 	}
 	for _, out := range o.Outcomes {
 		r := w.runs[out.Attempt]
@@ -326,12 +335,16 @@ func (w *worker) receive(o *musterpb.Orders) {
 			continue
 		}
 		delete(w.runs, out.Attempt)
+		delete(w.open, out.Attempt)
 		if !out.Accepted {
 			w.fleet.refused.Add(1)
 		}
 		if w.fleet.Watch != nil {
 			w.fleet.Watch.Answered(r.job, out.Accepted, out.Reason, r.assigned, now)
 		}
+	}
+	if len(w.open) == 0 {
+		w.report()
 	}
 	work := w.accept(o.Assign, now)
 	w.mu.Unlock()
@@ -365,7 +378,7 @@ func (w *worker) accept(list []*musterpb.Assignment, now int64) []work {
 		}
 		r := &run{job: jobOf(a.Command), assigned: now}
 		w.runs[a.Attempt] = r
-		todo = append(todo, work{a.Attempt, a, r})
+		todo = append(todo, work{attempt: a.Attempt, assignment: a, run: r})
 		if w.fleet.Watch != nil {
 			w.fleet.Watch.Assigned(r.job, a.Attempt, now)
 		}
@@ -387,18 +400,47 @@ func (w *worker) finish(list []work, started bool) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	out := &musterpb.Reports{Commits: make([]*musterpb.Commit, 0, len(list))}
 	for i, todo := range list {
+		todo.run.result, todo.started = results[i], started
+		w.ready = append(w.ready, todo)
+	}
+	if len(w.open) == 0 {
+		w.report()
+	} else if w.hold == nil {
+		w.hold = time.AfterFunc(maxHold, func() {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.hold = nil
+			w.report()
+		})
+	}
+}
+
+// maxHold is how long results wait for the answer to the ones before, as those
+// of real workers do.
+const maxHold = 100 * time.Millisecond
+
+// report says what is ready, signed together; mu is held.
+func (w *worker) report() {
+	if len(w.ready) == 0 || w.stream == nil {
+		return
+	}
+	out := &musterpb.Reports{Commits: make([]*musterpb.Commit, 0, len(w.ready))}
+	for _, todo := range w.ready {
 		if w.runs[todo.attempt] != todo.run {
 			continue // stopped meanwhile
 		}
-		if started {
+		if todo.started {
 			out.Started = append(out.Started, todo.attempt)
 		}
-		todo.run.result = results[i]
-		results[i].appendTo(out)
+		todo.run.result.appendTo(out)
+		w.open[todo.attempt] = true
 	}
-	w.send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: out}})
+	w.ready = nil
+	verify.SignCommits(w.key, out.Commits...)
+	if len(out.Commits) > 0 {
+		w.send(&musterpb.WorkerMessage{Message: &musterpb.WorkerMessage_Reports{Reports: out}})
+	}
 }
 
 // fail gives up attempts that could not be produced: the fleet's own fault.
