@@ -6,7 +6,9 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"fmt"
+	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -20,6 +22,7 @@ import (
 	"github.com/musternet/muster/api/blob"
 	"github.com/musternet/muster/api/client"
 	"github.com/musternet/muster/api/musterpb"
+	"github.com/musternet/muster/api/musterpb/musterpbconnect"
 	"github.com/musternet/muster/api/server"
 	"github.com/musternet/muster/scheduler/archive"
 )
@@ -393,6 +396,36 @@ func TestUnreadableHistory(t *testing.T) {
 	}
 }
 
+// What a customer is not told is in the log.
+func TestUnreadableHistoryIsLogged(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	for _, owner := range []string{"owner-1", "owner-2"} {
+		b.apply(&musterpb.Command{Body: &musterpb.Command_CreateAccount{CreateAccount: &musterpb.CreateAccount{Account: owner}}})
+	}
+	b.finish(b.worker("owner-1"), b.worker("owner-2"))
+	segment := b.seal()
+	if err := b.blobs.Delete(t.Context(), api.Digest(segment.Digest)); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	handler := server.New(server.Config{
+		State: b.st, Scheduler: b.leader, Cluster: b.leader, History: archive.New(b.blobs, b.st, archive.DefaultCache),
+		Blobs: b.blobs, Local: b.local, Logger: slog.New(slog.NewTextHandler(&log, nil)),
+	}).Handler()
+	req := httptest.NewRequestWithContext(t.Context(), "POST", musterpbconnect.MusterGetJobProcedure, strings.NewReader(`{"job": "`+b.job+`"}`))
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Authorization", "Bearer "+b.keys["acme"])
+	resp := httptest.NewRecorder()
+	handler.ServeHTTP(resp, req)
+	if resp.Code != http.StatusServiceUnavailable || strings.Contains(resp.Body.String(), "sha256:") {
+		t.Errorf("status %d: %s", resp.Code, resp.Body)
+	}
+	if !strings.Contains(log.String(), "sealed work could not be read") || !strings.Contains(log.String(), segment.Digest) {
+		t.Errorf("the log says %q", log.String())
+	}
+}
+
 // A segment holds every account's work: it is for schedulers and admins alone,
 // also for whoever has learned its name.
 func TestSegmentsAreNobodysBlobs(t *testing.T) {
@@ -403,7 +436,6 @@ func TestSegmentsAreNobodysBlobs(t *testing.T) {
 	}
 	b.finish(b.worker("owner-1"), b.worker("owner-2"))
 	segment := b.seal()
-	// Stored as any blob is, and gone from the state: nothing else is refused.
 	other := api.DigestOf([]byte("another blob"))
 	if _, err := b.blobs.Put(t.Context(), other, strings.NewReader("another blob"), blob.NoLimit); err != nil {
 		t.Fatal(err)
