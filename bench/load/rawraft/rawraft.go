@@ -54,7 +54,7 @@ const (
 )
 
 // electionTimeout is the default of muster scheduler --election-timeout.
-const electionTimeout = 300 * time.Millisecond
+const electionTimeout = 350 * time.Millisecond
 
 // Run starts a cluster, measures it and stops it.
 func Run(ctx context.Context, cfg Config) (_ Result, err error) {
