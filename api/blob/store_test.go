@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -22,7 +23,15 @@ import (
 	"github.com/musternet/muster/api"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		if code == 0 && !queuedBytes.TryAcquire(maxQueuedBytes) {
+			fmt.Println("the memory of some queue was not given back")
+			code = 1
+		}
+		os.Exit(code)
+	}))
+}
 
 func allow(*http.Request) (Caller, error) { return Caller{ID: "customer"}, nil }
 
