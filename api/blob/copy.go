@@ -29,7 +29,8 @@ type intake struct {
 	limit int64
 	// tap, if set, gets every piece once it is written. It keeps none of it.
 	tap func(p []byte) error
-	// failed is what r itself returned, to tell its errors from the store's.
+	// failed is what r itself returned, or tap, to tell their errors from the
+	// store's. It is nil after a write that failed, whatever else did.
 	failed error
 }
 
@@ -47,10 +48,11 @@ func (in *intake) read(p []byte) (int, error) {
 		return 0, in.failed
 	}
 	n, err := in.r.Read(p)
-	if in.size += int64(n); in.size > in.limit {
+	if int64(n) > in.limit-in.size {
 		in.failed = api.Errorf(api.TooLarge, "more than the limit of %d bytes", in.limit)
 		return 0, in.failed
 	}
+	in.size += int64(n)
 	if err != nil && err != io.EOF {
 		in.failed = err
 	}
@@ -68,46 +70,67 @@ func (in *intake) fill(p []byte) (n int, err error) {
 }
 
 // copyTo writes everything to w, also what came before r failed, whose error is
-// in.failed too. What fits in one piece is hashed here; the rest is hashed by
-// another goroutine, since hashing takes as long as everything else about a
-// transfer.
+// in.failed too. A piece whose write failed is neither hashed nor counted, though
+// some of it may lie in w: nothing can go on behind it. What fits in one piece is
+// hashed here; the rest is hashed by another goroutine, since hashing takes as
+// long as everything else about a transfer.
 func (in *intake) copyTo(w io.Writer) error {
 	piece := pieces.Get().(*[pieceBytes]byte)
 	n, err := in.fill(piece[:])
 	if err != nil {
 		defer pieces.Put(piece)
+		if writeErr := in.write(w, piece[:n]); writeErr != nil {
+			return writeErr
+		}
 		in.sum.Write(piece[:n])
-		return errorOf(err, in.put(w, piece[:n]))
+		return errorOf(err, in.show(piece[:n]))
 	}
 	h := startHashing(in.sum)
 	defer h.wait()
 	for {
-		putErr := in.put(w, piece[:n])
+		if writeErr := in.write(w, piece[:n]); writeErr != nil {
+			pieces.Put(piece)
+			return writeErr
+		}
+		tapErr := in.show(piece[:n])
 		h.take(piece, n)
-		if err != nil || putErr != nil {
-			return errorOf(err, putErr)
+		if err != nil || tapErr != nil {
+			return errorOf(err, tapErr)
 		}
 		piece = pieces.Get().(*[pieceBytes]byte)
 		n, err = in.fill(piece[:])
 	}
 }
 
-func (in *intake) put(w io.Writer, p []byte) error {
+// write writes a piece, or takes it out of the count.
+func (in *intake) write(w io.Writer, p []byte) error {
 	if len(p) == 0 {
 		return nil
 	}
 	_, err := w.Write(p)
-	if err == nil && in.tap != nil {
-		err = in.tap(p)
-		in.failed = err // no fault of w
+	if err != nil {
+		in.size -= int64(len(p))
+		in.failed = nil
 	}
 	return err
 }
 
-// errorOf is the error of a read and the write that followed it.
-func errorOf(read, write error) error {
+// show gives a piece that is written to the tap.
+func (in *intake) show(p []byte) error {
+	if len(p) == 0 || in.tap == nil {
+		return nil
+	}
+	err := in.tap(p)
+	if err != nil {
+		in.failed = err
+	}
+	return err
+}
+
+// errorOf is the error of a read and of the tap that followed it.
+func errorOf(read, tap error) error {
 	if read == nil || read == io.EOF {
-		return write
+		return tap
 	}
 	return read
 }

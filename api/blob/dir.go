@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/musternet/muster/api"
 )
@@ -22,18 +21,16 @@ type Dir struct {
 
 var _ Store = (*Dir)(nil)
 
-// abandonedAfter is how long nobody wrote to an unfinished blob that nobody will
-// finish. It is long, because several machines may share a directory.
-const abandonedAfter = time.Hour
-
 // NewDir opens the store in the directory path, makes it if needed, and removes
-// what an earlier process left unfinished.
+// what an earlier process left unfinished: nobody will finish it, and a crash can
+// leave more of it than there is disk for twice. A second process that opened the
+// directory would fail the first one's puts, no worse.
 func NewDir(path string) (*Dir, error) {
 	tmp := filepath.Join(path, "tmp")
 	if err := os.MkdirAll(tmp, 0o755); err != nil {
 		return nil, diskError(path, err)
 	}
-	if err := removeAbandoned(tmp); err != nil {
+	if err := removeUnfinished(tmp); err != nil {
 		return nil, diskError(path, err)
 	}
 	for i := range 256 {
@@ -45,22 +42,14 @@ func NewDir(path string) (*Dir, error) {
 	return &Dir{path: path}, syncDir(path)
 }
 
-func removeAbandoned(tmp string) error {
+func removeUnfinished(tmp string) error {
 	entries, err := os.ReadDir(tmp)
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		info, err := e.Info()
-		if errors.Is(err, os.ErrNotExist) {
-			continue // finished meanwhile, by another machine
-		} else if err != nil {
+		if err := os.RemoveAll(filepath.Join(tmp, e.Name())); err != nil {
 			return err
-		}
-		if time.Since(info.ModTime()) > abandonedAfter {
-			if err := os.RemoveAll(filepath.Join(tmp, e.Name())); err != nil {
-				return err
-			}
 		}
 	}
 	return nil
@@ -81,23 +70,31 @@ func (d *Dir) stage(context.Context) (staged, error) {
 	if err != nil {
 		return nil, diskError(d.path, err)
 	}
-	return &stagedFile{dir: d, f: f, sum: sha256.New()}, nil
+	return &stagedFile{dir: d, f: f, w: &flusher{f: f}, sum: sha256.New()}, nil
 }
 
 // stagedFile is an unfinished blob of a Dir.
 type stagedFile struct {
 	dir  *Dir
 	f    *os.File
+	w    io.Writer // writes to f
 	sum  hash.Hash
 	size int64
+	// broken is why the file may hold other bytes than those in sum: a write
+	// failed, perhaps halfway. Nothing mends that but starting over.
+	broken error
 }
 
 func (s *stagedFile) append(in *intake) error {
+	if s.broken != nil {
+		return s.broken
+	}
 	in.sum, in.size = s.sum, s.size
-	err := in.copyTo(&flusher{f: s.f})
+	err := in.copyTo(s.w)
 	s.size = in.size
 	if err != nil && in.failed == nil {
-		return diskError(s.dir.path, err)
+		s.broken = diskError(s.dir.path, err)
+		return s.broken
 	}
 	return err
 }
@@ -110,8 +107,17 @@ func (s *stagedFile) commit(_ context.Context, digest api.Digest) error {
 	if err := checkDigest(digest); err != nil {
 		return err
 	}
+	if s.broken != nil {
+		return s.broken
+	}
 	if err := verifySum(digest, s.sum, s.size); err != nil {
 		return err
+	}
+	if info, err := s.f.Stat(); err != nil {
+		return diskError(s.dir.path, err)
+	} else if info.Size() != s.size {
+		// The sum is of what came and not of what lies there.
+		return api.Errorf(api.Unavailable, "blob %s: the disk of %s holds %d of its %d bytes; send it again", digest, s.dir.path, info.Size(), s.size)
 	}
 	if err := s.f.Sync(); err != nil {
 		return diskError(s.dir.path, err)

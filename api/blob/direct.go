@@ -64,8 +64,8 @@ func withoutURL(err error) error {
 // putDirect puts a blob into the object store behind the schedulers. An error
 // says that it is better sent through them.
 func (h *HTTP) putDirect(ctx context.Context, digest api.Digest, r io.ReadSeeker, start, length int64) error {
-	if !h.wantsDirect(&h.noPuts) {
-		return errNotDirect
+	if length > maxSignedPut || !h.wantsDirect(&h.noPuts) {
+		return errNotDirect // what is too large says nothing about the next blob
 	}
 	var t ticket
 	err := h.each(func(base string) (again bool, err error) {

@@ -311,6 +311,24 @@ func TestDirectFallsBack(t *testing.T) {
 	}
 }
 
+// A blob that is too large for one request to S3 goes through the schedulers,
+// and the next one does not.
+func TestDirectOfTooLargeABlob(t *testing.T) {
+	f, server := newFakeS3(t)
+	customer, _, _ := s3Store(t, server.URL, "&direct=on")
+	none := bytes.NewReader(nil) // it is not read
+	if err := customer.putDirect(t.Context(), api.DigestOf([]byte("large")), none, 0, maxSignedPut+1); api.KindOf(err) != api.Unsupported {
+		t.Error(err)
+	}
+	content := random(minDirect, 41)
+	if _, err := customer.Put(t.Context(), api.DigestOf(content), bytes.NewReader(content), NoLimit); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := f.counts(), "signed map[PUT:1], objects 1"; got != want {
+		t.Errorf("%s; want %s", got, want)
+	}
+}
+
 // Signatures of a real signer are checked where the bytes are served.
 func TestDirectWithRealSignatures(t *testing.T) {
 	dir := t.TempDir()

@@ -83,7 +83,9 @@ func cutOff(t testing.TB, h http.Handler, after func() int) (store *HTTP, closeA
 	server.Start()
 	transport := &http.Transport{}
 	store = NewHTTP(HTTPConfig{Client: &http.Client{Transport: transport}, Addresses: func() []string { return []string{server.URL} }})
-	store.delay = 0
+	// Five tries must not pass before the server has found out that the connection
+	// of the one before is gone: 75 ms in all.
+	store.delay = 5 * time.Millisecond
 	return store, func() {
 		transport.CloseIdleConnections()
 		server.CloseClientConnections()
@@ -366,6 +368,76 @@ func TestReplicaThatIsStuck(t *testing.T) {
 	}
 }
 
+// Uploads for whose queues there is no memory, or not enough, are copied once
+// they are here, and give back what they had.
+func TestQueuesAreBounded(t *testing.T) {
+	for _, left := range []int64{0, pieceBytes, minTee - 1, minTee, minTee + 5*pieceBytes} {
+		t.Run(fmt.Sprint(left), func(t *testing.T) { testQueuesAreBounded(t, left) })
+	}
+}
+
+func testQueuesAreBounded(t *testing.T, left int64) {
+	if !queuedBytes.TryAcquire(maxQueuedBytes - left) {
+		t.Fatal("somebody has the memory")
+	}
+	defer queuedBytes.Release(maxQueuedBytes - left)
+	release := make(chan struct{})
+	defer close(release)
+	var streams atomic.Int32
+	customer, dirs, stores := lanes(t, func(i int, h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodPatch {
+				streams.Add(1)
+				<-release // so that pieces pile up
+			}
+			h.ServeHTTP(w, r)
+		})
+	})
+	content := random(4<<20, 26)
+	digest := api.DigestOf(content)
+	if _, err := customer.Put(t.Context(), digest, bytes.NewReader(content), NoLimit); err != nil {
+		t.Error(err)
+	}
+	stores[0].copies.Wait()
+	for i, dir := range dirs {
+		if n, err := dir.Stat(t.Context(), digest); err != nil || n != int64(len(content)) {
+			t.Errorf("scheduler %d: %d, %v", i, n, err)
+		}
+	}
+	if n := streams.Load(); left < minTee && n > 0 {
+		t.Errorf("%d streams without memory", n)
+	}
+	if !queuedBytes.TryAcquire(left) {
+		t.Error("not all was given back")
+	} else {
+		queuedBytes.Release(left)
+	}
+}
+
+// Memory is kept for an upload only while bytes come.
+func TestIdleUploadKeepsNoMemory(t *testing.T) {
+	both := replicated(t, newDir(t), 2, newDir(t))
+	content := random(2*minTee, 25)
+	s, err := both.stage(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.discard()
+	for _, part := range [][]byte{content[:minTee/2], content[minTee/2:]} {
+		if err := s.append(newIntake(t.Context(), bytes.NewReader(part), NoLimit)); err != nil {
+			t.Fatal(err)
+		}
+		if !queuedBytes.TryAcquire(maxQueuedBytes) {
+			t.Fatal("an idle upload keeps memory")
+		}
+		queuedBytes.Release(maxQueuedBytes)
+	}
+	if err := s.commit(t.Context(), api.DigestOf(content)); err != nil {
+		t.Fatal(err)
+	}
+	holds(t, both, content)
+}
+
 // Without a majority a large blob is not stored, and wrong bytes are stored
 // nowhere.
 func TestReplicatedStreamsFail(t *testing.T) {
@@ -588,8 +660,14 @@ func TestStalledTransfers(t *testing.T) {
 	}
 	defer conn.Close()
 	conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+	opened := make(chan struct{}, 1)
+	h.(*handler).store = opening{m, opened}
 	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\n\r\n", Path(digest))
-	h.(*handler).traffic.await(t, 1)
+	select {
+	case <-opened: // the transfer counts by then
+	case <-time.After(20 * time.Second):
+		t.Fatal("the blob was not opened")
+	}
 	h.(*handler).traffic.await(t, 0)
 
 	// The server sends nothing, or takes nothing.
@@ -620,6 +698,17 @@ func TestStalledTransfers(t *testing.T) {
 	if err := store.sendBody(t.Context(), http.MethodPatch, store.config.Addresses()[0]+"x", nil, endless, -1, nil); api.KindOf(err) != api.Unavailable || !strings.Contains(err.Error(), "not a byte moved for 50ms") {
 		t.Errorf("%v", err)
 	}
+}
+
+// opening is a store that says when a blob is opened.
+type opening struct {
+	Store
+	opened chan<- struct{}
+}
+
+func (o opening) Open(ctx context.Context, digest api.Digest) (Reader, error) {
+	o.opened <- struct{}{}
+	return o.Store.Open(ctx, digest)
 }
 
 type endlessZeros struct{}

@@ -22,7 +22,9 @@ var (
 // staged is a blob on its way into a store. It is for one caller at a time.
 type staged interface {
 	// append adds the bytes of in, hashing them on the way. Where in fails, what
-	// came before stays, and the next append goes on from length.
+	// came before stays, and the next append goes on from length. Any other
+	// error, in.failed is nil then, leaves nothing that could become the blob:
+	// append and commit must fail from then on.
 	append(in *intake) error
 	length() int64
 	// commit stores what came, as Put does: durable once it returns nil, and

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	"github.com/musternet/muster/api"
 )
 
@@ -17,6 +19,14 @@ const minTee = 1 << 20
 
 // maxQueued bounds the pieces that wait for one peer: 4 MiB.
 const maxQueued = 16
+
+// maxQueuedBytes bounds what all uploads of the process keep in memory for their
+// peers: 32 of them whose two peers are as far behind as they may be.
+const maxQueuedBytes = 256 << 20
+
+// queuedBytes counts that memory. Nobody waits for it: a blob that gets none is
+// read again from the disk for the peers, once it is there.
+var queuedBytes = semaphore.NewWeighted(maxQueuedBytes)
 
 // stage stages a blob here and, once it proves large, at the peers too.
 func (s *Replicated) stage(ctx context.Context) (staged, error) {
@@ -35,7 +45,8 @@ func (s *Replicated) stage(ctx context.Context) (staged, error) {
 type tee struct {
 	store *Replicated
 	here  staged
-	first []byte // what has not been sent on yet; nil once there are sinks
+	first []byte // what has not been sent on yet, counted in queuedBytes; nil once there are sinks
+	whole bool   // nothing is sent on: the peers get the whole blob afterwards
 	sinks []*sink
 	room  chan struct{} // capacity 1: some sink took a piece, or broke
 }
@@ -44,29 +55,60 @@ func (t *tee) length() int64 { return t.here.length() }
 
 func (t *tee) append(in *intake) error {
 	in.tap = func(p []byte) error { return t.send(in.ctx, p) }
-	defer func() { in.tap = nil }()
+	defer func() {
+		in.tap = nil
+		if t.sinks == nil {
+			// An upload that nobody goes on with must not keep memory for an hour.
+			t.sendNothing()
+		}
+	}()
 	return t.here.append(in)
+}
+
+func (t *tee) sendNothing() {
+	t.whole = true
+	t.dropFirst()
 }
 
 // send passes on what is written here.
 func (t *tee) send(ctx context.Context, p []byte) error {
+	if t.whole {
+		return nil
+	}
 	if t.sinks == nil {
+		if !queuedBytes.TryAcquire(int64(len(p))) {
+			t.sendNothing()
+			return nil
+		}
 		if t.first = append(t.first, p...); len(t.first) < minTee {
 			return nil
 		}
+		p = t.first
+		defer t.dropFirst()
 		if err := t.open(); err != nil {
 			return err
 		}
-		p, t.first = t.first, nil
 	}
 	for len(p) > 0 {
 		n := min(len(p), pieceBytes)
 		if err := t.queue(ctx, p[:n]); err != nil {
+			t.lose() // what was not queued will not be again
 			return err
 		}
 		p = p[n:]
 	}
 	return nil
+}
+
+func (t *tee) dropFirst() {
+	queuedBytes.Release(int64(len(t.first)))
+	t.first = nil
+}
+
+func (t *tee) lose() {
+	for _, k := range t.sinks {
+		k.lose()
+	}
 }
 
 // open starts a stream to every peer that can take one.
@@ -112,10 +154,12 @@ func (t *tee) queue(ctx context.Context, p []byte) error {
 			switch {
 			case k.ctx.Err() != nil:
 				k.lose()
+			case k.full():
+				waiting = append(waiting, k)
 			case k.offer(p):
 				keepUp++
 			default:
-				waiting = append(waiting, k)
+				k.lose() // for want of memory
 			}
 		}
 		if behind = waiting; len(behind) == 0 {
@@ -243,8 +287,8 @@ var errBehind = errors.New("the peer could not keep up")
 
 // run sends pieces until there are no more.
 func (k *sink) run() {
-	defer close(k.done)
 	defer k.drain()
+	defer close(k.done)
 	if k.err = k.stream(); k.err == nil {
 		return
 	}
@@ -263,14 +307,16 @@ func (k *sink) stream() (err error) {
 	if k.staged, err = at.stage(k.ctx); err != nil {
 		return err
 	}
-	if err := k.staged.append(newIntake(k.ctx, &pieceReader{k: k}, NoLimit)); err != nil {
+	queued := &pieceReader{k: k}
+	defer queued.next()
+	if err := k.staged.append(newIntake(k.ctx, queued, NoLimit)); err != nil {
 		return err
 	}
 	return k.ctx.Err()
 }
 
-// drain returns what nobody will send to the pool. The queue is closed by then
-// or gets nothing more that could not be dropped with it.
+// drain gives back what nobody will send. It is called twice, once the stream is
+// over and once the queue is closed, so that the later call finds it all.
 func (k *sink) drain() {
 	for {
 		select {
@@ -278,25 +324,35 @@ func (k *sink) drain() {
 			if !open {
 				return
 			}
-			pieces.Put(f.piece)
+			f.giveBack()
 		default:
 			return
 		}
 	}
 }
 
-// offer queues a copy of p, or says that the queue is full.
+// full says that the peer is behind. It does not become true by itself, since
+// nobody but the tee's caller sends.
+func (k *sink) full() bool { return len(k.pieces) == cap(k.pieces) }
+
+// offer queues a copy of p, or says that there is no memory for it.
 func (k *sink) offer(p []byte) bool {
-	if len(k.pieces) == cap(k.pieces) {
+	if !queuedBytes.TryAcquire(pieceBytes) {
 		return false
 	}
-	k.pieces <- fill(p) // nobody else sends
+	k.pieces <- fill(p)
 	return true
 }
 
 func fill(p []byte) filled {
 	piece := pieces.Get().(*[pieceBytes]byte)
 	return filled{piece, copy(piece[:], p)}
+}
+
+// giveBack ends the use of a piece that was queued.
+func (f filled) giveBack() {
+	pieces.Put(f.piece)
+	queuedBytes.Release(pieceBytes)
 }
 
 // tell says that it is worth offering again.
@@ -315,7 +371,16 @@ func (k *sink) lose() {
 }
 
 // finish says that no more pieces come.
-func (k *sink) finish() { k.once.Do(func() { close(k.pieces) }) }
+func (k *sink) finish() { k.once.Do(k.closeQueue) }
+
+func (k *sink) closeQueue() {
+	close(k.pieces)
+	select {
+	case <-k.done:
+		k.drain() // what came after the stream was over
+	default:
+	}
+}
 
 // commit stores what was streamed.
 func (k *sink) commit(ctx context.Context, digest api.Digest) error {
@@ -341,7 +406,7 @@ func (k *sink) giveUp() {
 	k.once.Do(func() {
 		k.lost = true
 		k.cancel()
-		close(k.pieces)
+		k.closeQueue()
 	})
 }
 
@@ -354,10 +419,7 @@ type pieceReader struct {
 
 func (r *pieceReader) Read(p []byte) (int, error) {
 	if r.at == r.last.n {
-		if r.last.piece != nil {
-			pieces.Put(r.last.piece)
-			r.last, r.at = filled{}, 0
-		}
+		r.next()
 		select {
 		case f, open := <-r.k.pieces:
 			if !open {
@@ -375,4 +437,12 @@ func (r *pieceReader) Read(p []byte) (int, error) {
 	n := copy(p, r.last.piece[r.at:r.last.n])
 	r.at += n
 	return n, nil
+}
+
+// next is done with the piece that is read.
+func (r *pieceReader) next() {
+	if r.last.piece != nil {
+		r.last.giveBack()
+		r.last, r.at = filled{}, 0
+	}
 }

@@ -141,11 +141,11 @@ func (h *handler) append(w http.ResponseWriter, r *http.Request, caller Caller, 
 	if have := s.staged.length(); offset != have {
 		return api.Errorf(api.Conflict, "upload %s: the body starts at %d, and %d bytes are here; go on from there", id, offset, have)
 	}
-	err = s.staged.append(newIntake(ctx, h.body(w, r.WithContext(ctx)), s.size))
-	if api.KindOf(err) == api.TooLarge {
-		h.uploads.end(s) // some of what was read is not here
-	}
-	if err != nil {
+	in := newIntake(ctx, h.body(w, r.WithContext(ctx)), s.size)
+	if err := s.staged.append(in); err != nil {
+		if in.failed == nil || api.KindOf(err) == api.TooLarge {
+			h.uploads.end(s) // some of what was read is not here
+		}
 		return err
 	}
 	return writeUpload(w, http.StatusOK, id, s.staged.length())
@@ -266,8 +266,8 @@ func (u *uploads) drop(s *session) {
 	}
 }
 
-// commit stores what came as a blob, and ends the session unless the store
-// cannot take it now.
+// commit stores what came as a blob, and ends the session either way: whoever
+// fails begins a new one.
 func (u *uploads) commit(ctx context.Context, caller Caller, id string, digest api.Digest) (int64, error) {
 	s, err := u.take(ctx, caller, id, nil)
 	if err != nil {

@@ -28,8 +28,8 @@ const (
 	exitStopped   = 128 + 15 // SIGTERM
 )
 
-// killEventDelay is how long the engine may take to report a signal that
-// somebody sent through it after the exit that it caused.
+// killEventDelay is how long after an exit the engine may report the signal that
+// somebody sent through it and that caused the exit.
 const killEventDelay = time.Second
 
 // Run implements container.Runtime.
@@ -194,7 +194,6 @@ func (r *Runtime) attach(ctx context.Context, id string) (types.HijackedResponse
 // supervise starts the container, waits for the first of exit, cancellation,
 // timeout and full outputs, makes sure that it has stopped, and says how it ended.
 func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string, logs *container.Log) (container.Result, error) {
-	began := time.Now()
 	if result, err := r.start(ctx, id, logs); err != nil || result.Reason != "" {
 		return result, err
 	}
@@ -220,7 +219,7 @@ func (r *Runtime) supervise(ctx context.Context, spec container.Spec, id string,
 		case end.code == 0:
 			return container.Result{Reason: container.Exited}, nil
 		}
-		return r.verdict(ctx, id, container.Exited, began)
+		return r.verdict(ctx, id, container.Exited)
 	case <-ctx.Done():
 		logs.Note("cancelled")
 		return r.stop(ctx, id, container.Cancelled, exited)
@@ -307,20 +306,26 @@ func (r *Runtime) gone(ctx context.Context, id string, reason container.Reason, 
 		if end.err != nil {
 			return container.Result{}, r.fault("wait for container "+id, end.err)
 		}
-		return r.verdict(ctx, id, reason, time.Time{})
+		return r.verdict(ctx, id, reason)
 	case <-ctx.Done():
 		return container.Result{}, api.Errorf(api.Unavailable, "docker: container %s did not stop within %v", id, removeTimeout)
 	}
 }
 
 // signal returns the signal that somebody sent to the container through the
-// engine since began, if it says so within killEventDelay.
-func (r *Runtime) signal(ctx context.Context, id string, began time.Time) (signal string, sent bool) {
+// engine while it ran, if it says so within killEventDelay of the end. The times
+// are those of the engine, whose clock may be that of another machine.
+func (r *Runtime) signal(ctx context.Context, id string, state dcontainer.State) (signal string, sent bool, err error) {
+	started, startErr := time.Parse(time.RFC3339Nano, state.StartedAt)
+	finished, finishErr := time.Parse(time.RFC3339Nano, state.FinishedAt)
+	if err := errors.Join(startErr, finishErr); err != nil {
+		return "", false, api.Errorf(api.Unavailable, "docker: the engine does not say when container %s ran: %w", id, err)
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), askTimeout)
 	defer cancel()
 	messages, ended := r.client.Events(ctx, events.ListOptions{
 		// The engine keeps what happened last, and a signal came just before the exit.
-		Since: timestamp(began), Until: timestamp(time.Now().Add(killEventDelay)),
+		Since: timestamp(started), Until: timestamp(finished.Add(killEventDelay)),
 		Filters: filters.NewArgs(
 			filters.Arg("type", string(events.ContainerEventType)),
 			filters.Arg("event", string(events.ActionKill)),
@@ -329,9 +334,9 @@ func (r *Runtime) signal(ctx context.Context, id string, began time.Time) (signa
 	})
 	select {
 	case event := <-messages:
-		return event.Actor.Attributes["signal"], true
+		return event.Actor.Attributes["signal"], true, nil
 	case <-ended:
-		return "", false
+		return "", false, nil
 	}
 }
 
@@ -345,7 +350,7 @@ func timestamp(t time.Time) string { return fmt.Sprintf("%d.%09d", t.Unix(), t.N
 // if a program died of SIGKILL and nobody sent one through the engine, then the
 // kernel did, for want of memory. A program that exits with 137 of its own will
 // is reported as out of memory too; the engine cannot tell the two apart.
-func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reason, began time.Time) (container.Result, error) {
+func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reason) (container.Result, error) {
 	state, err := r.state(ctx, id)
 	if err != nil {
 		return container.Result{}, err
@@ -361,7 +366,11 @@ func (r *Runtime) verdict(ctx context.Context, id string, reason container.Reaso
 	if state.ExitCode != exitKilled && state.ExitCode != exitStopped {
 		return result, nil
 	}
-	if signal, sent := r.signal(ctx, id, began); sent {
+	signal, sent, err := r.signal(ctx, id, state)
+	if err != nil {
+		return container.Result{}, err
+	}
+	if sent {
 		return container.Result{}, api.Errorf(api.Unavailable, "docker: somebody else stopped container %s (signal %s)", id, signal)
 	}
 	if state.ExitCode == exitKilled {

@@ -7,12 +7,16 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	dcontainer "github.com/docker/docker/api/types/container"
 	"github.com/docker/docker/api/types/system"
@@ -364,3 +368,71 @@ func TestEnsureWithoutArchive(t *testing.T) {
 		t.Errorf("error %v, want one that blames this machine", err)
 	}
 }
+
+// clockedEngine is as much of an engine as says how a container ended. Its clock
+// is not this machine's.
+type clockedEngine struct {
+	state  dcontainer.State
+	killed time.Time // by its clock, through it; zero for not
+}
+
+func (e *clockedEngine) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Api-Version", "1.47")
+	w.Header().Set("Content-Type", "application/json")
+	switch {
+	case strings.HasSuffix(r.URL.Path, "/_ping"):
+	case strings.HasSuffix(r.URL.Path, "/containers/c/json"):
+		json.NewEncoder(w).Encode(map[string]any{"Id": "c", "State": e.state})
+	case strings.HasSuffix(r.URL.Path, "/events"):
+		at := e.killed.UnixNano()
+		if !e.killed.IsZero() && stampNanos(r, "since") <= at && at <= stampNanos(r, "until") {
+			json.NewEncoder(w).Encode(map[string]any{"Type": "container", "Action": "kill", "Actor": map[string]any{"Attributes": map[string]string{"signal": "9"}}})
+		}
+	default:
+		http.NotFound(w, r)
+	}
+}
+
+func stampNanos(r *http.Request, name string) int64 {
+	seconds, nanos, _ := strings.Cut(r.URL.Query().Get(name), ".")
+	s, _ := strconv.ParseInt(seconds, 10, 64)
+	n, _ := strconv.ParseInt(nanos, 10, 64)
+	return s*1e9 + n
+}
+
+// A kill through the engine is nobody's want of memory, whatever the engine's
+// clock shows: in a virtual machine it may be behind by hours, or ahead.
+func TestVerdictByTheEnginesClock(t *testing.T) {
+	for _, behind := range []time.Duration{0, 3 * time.Hour, -3 * time.Hour} {
+		finished := time.Now().Add(-behind)
+		started := finished.Add(-time.Minute)
+		for _, test := range []struct {
+			name              string
+			killed            time.Time
+			started, finished string
+			reason            container.Reason // empty for the error says
+			says              string
+		}{
+			{"killed", finished.Add(-time.Millisecond), stamp(started), stamp(finished), "", "somebody else stopped container c (signal 9)"},
+			{"told late", finished.Add(killEventDelay / 2), stamp(started), stamp(finished), "", "somebody else stopped"},
+			{"out of memory", time.Time{}, stamp(started), stamp(finished), container.OutOfMemory, ""},
+			{"no times", finished, "yesterday", "", "", "does not say when container c ran"},
+		} {
+			e := &clockedEngine{dcontainer.State{ExitCode: exitKilled, StartedAt: test.started, FinishedAt: test.finished}, test.killed}
+			server := httptest.NewServer(e)
+			r, err := New(Options{Owner: "x", Host: "tcp://" + server.Listener.Addr().String()})
+			must(t, err)
+			result, err := r.verdict(t.Context(), "c", container.Exited)
+			if test.says != "" && (api.KindOf(err) != api.Unavailable || !strings.Contains(err.Error(), test.says)) {
+				t.Errorf("%s, clock behind by %s: %+v, %v; want %q", test.name, behind, result, err, test.says)
+			}
+			if test.says == "" && (err != nil || result.Reason != test.reason) {
+				t.Errorf("%s, clock behind by %s: %+v, %v; want %s", test.name, behind, result, err, test.reason)
+			}
+			r.Close()
+			server.Close()
+		}
+	}
+}
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339Nano) }
