@@ -89,13 +89,10 @@ func (b *bundles) drain(account string, p *pending) {
 			b.l.release(offers)
 			continue
 		}
-		enter := func() {
-			defer b.l.release(offers)
-			b.l.propose(offers, stored)
-		}
-		if !b.l.goBeside(enter) { // beside, so that the next bundle is stored meanwhile
-			b.l.release(offers)
-		}
+		// The next bundle gathers until this one is in the log, too: on a busy
+		// machine few large ones cost less than many small ones.
+		b.l.propose(offers, stored)
+		b.l.release(offers)
 	}
 }
 

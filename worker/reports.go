@@ -18,21 +18,22 @@ const (
 )
 
 // news gathers what there is to say of the attempts. While the schedulers have
-// not answered the last results, further ones wait for maxHold at most, so that
-// what a busy scheduler can't take yet is said, and signed, together; an idle one
-// answers at once, and nothing waits.
+// not answered the last small results, further ones wait for maxHold at most, so
+// that what a busy scheduler can't take yet is said, and signed, together; an
+// idle one answers at once, and nothing waits. Large results, which take long to
+// examine, are said at once and have nobody wait.
 type news struct {
 	mu      sync.Mutex
 	started []string            // guarded by mu
 	ended   []*report           // guarded by mu
-	open    map[string]struct{} // guarded by mu; attempts whose end was said and not answered
-	last    time.Time           // guarded by mu; when an end was said
+	open    map[string]struct{} // guarded by mu; attempts whose small result was said and not answered
+	last    time.Time           // guarded by mu; when one was said
 	later   *time.Timer         // guarded by mu; rings wake when what is held has waited enough; nil: none does
 	wake    chan struct{}       // capacity 1: there is something
 }
 
-// maxHold is how long a result waits for the answer to the ones before.
-const maxHold = 100 * time.Millisecond
+// maxHold is how long a small result waits for the answer to the ones before.
+const maxHold = time.Second
 
 // report is how an attempt ended: with a result or with a failure.
 type report struct {
@@ -41,12 +42,8 @@ type report struct {
 	failed *musterpb.AttemptFailed
 }
 
-func (r *report) attempt() string {
-	if r.failed != nil {
-		return r.failed.Attempt
-	}
-	return r.commit.Attempt
-}
+// small reports whether a result travels with its report.
+func (r *report) small() bool { return r.commit != nil && r.blobs != nil }
 
 func (r *report) size() (n int) {
 	for _, data := range r.blobs {
@@ -104,7 +101,7 @@ func (n *news) begin() {
 
 // holds reports whether results wait for an answer; mu is held.
 func (n *news) holds() bool {
-	if len(n.open) == 0 || len(n.ended) == 0 {
+	if len(n.open) == 0 || len(n.ended) == 0 || slices.ContainsFunc(n.ended, func(r *report) bool { return !r.small() }) {
 		return false
 	}
 	left := maxHold - time.Since(n.last)
@@ -135,8 +132,10 @@ func (n *news) take(sign func(...*musterpb.Commit)) *musterpb.WorkerMessage {
 	list := n.ended[:ended:ended]
 	n.started, n.ended = nil, n.ended[ended:]
 	for _, r := range list {
-		n.open[r.attempt()] = struct{}{}
-		n.last = time.Now()
+		if r.small() {
+			n.open[r.commit.Attempt] = struct{}{}
+			n.last = time.Now()
+		}
 	}
 	n.mu.Unlock()
 	if len(started)+len(list) == 0 {

@@ -46,7 +46,9 @@ func TestResultsWaitForTheAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := newNews()
 		sign := func(...*musterpb.Commit) {}
-		end := func(attempt string) { n.sayEnded(&report{commit: &musterpb.Commit{Attempt: attempt}}) }
+		end := func(attempt string) {
+			n.sayEnded(&report{commit: &musterpb.Commit{Attempt: attempt}, blobs: [][]byte{{1}}})
+		}
 		said := func() (ids []string) {
 			for _, c := range n.take(sign).GetReports().GetCommits() {
 				ids = append(ids, c.Attempt)
@@ -82,8 +84,13 @@ func TestResultsWaitForTheAnswer(t *testing.T) {
 			t.Errorf("after %s it says %v", time.Since(began), got)
 		}
 		end("6")
+		n.sayEnded(&report{commit: &musterpb.Commit{Attempt: "large"}}) // uploaded: it waits for nobody
+		if got := said(); !slices.Equal(got, []string{"6", "large"}) {
+			t.Errorf("with a large result it says %v", got)
+		}
+		end("7")
 		n.begin() // another session: nobody will answer what the last one took
-		if got := said(); !slices.Equal(got, []string{"6"}) {
+		if got := said(); !slices.Equal(got, []string{"7"}) {
 			t.Errorf("in a new session it says %v", got)
 		}
 	})

@@ -418,7 +418,7 @@ func (w *worker) finish(list []work, started bool) {
 
 // maxHold is how long results wait for the answer to the ones before, as those
 // of real workers do.
-const maxHold = 100 * time.Millisecond
+const maxHold = time.Second
 
 // report says what is ready, signed together; mu is held.
 func (w *worker) report() {
