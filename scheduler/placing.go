@@ -54,7 +54,9 @@ func (p *placer) follow() {
 		p.machines[id] = struct{}{}
 	}
 	for _, id := range c.Jobs {
-		p.jobs[id] = p.jobs[id]
+		if _, known := p.jobs[id]; !known {
+			p.jobs[id] = false
+		}
 	}
 	p.readUnpaid()
 	for id := range p.machines {
@@ -115,13 +117,14 @@ func (p *placer) readWorker(id string) {
 // readJob reads the tasks of a job again, and its checks too where that is
 // asked for or needed.
 func (p *placer) readJob(id string, whole bool) {
-	work, ok := p.State.TasksOf(id)
+	work, _ := p.State.TasksOf(id)
 	if work.Job == nil {
 		p.engine.ForgetJob(id)
 		return
 	}
 	if whole || !p.engine.SetTasks(work) {
-		if work, ok = p.State.WorkOf(id); ok {
+		var any bool
+		if work, any = p.State.WorkOf(id); any {
 			p.engine.SetJob(work)
 		} else {
 			p.engine.RemoveJob(id)
