@@ -86,6 +86,11 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// The bytes are somebody else's: no browser may take them for a page.
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	if err := h.serve(w, r); err != nil {
+		if r.Context().Err() != nil {
+			// A request's context is its connection's: if that ended and the client
+			// still hears, its next request there would fail too.
+			w.Header().Set("Connection", "close")
+		}
 		writeError(w, err)
 	}
 }

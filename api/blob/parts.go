@@ -14,6 +14,10 @@ import (
 	"github.com/musternet/muster/api"
 )
 
+// maxCommits is how often a blob that was sent is committed if the connection
+// breaks.
+const maxCommits = 2
+
 // putInParts sends length bytes of r from start on; digest, which may still be
 // computed meanwhile, is asked for once they are there. A broken connection
 // costs what was under way; another scheduler begins from the start. The error is
@@ -32,15 +36,24 @@ func (h *HTTP) putInParts(ctx context.Context, r io.ReadSeeker, start, length in
 		if err != nil {
 			return false, err
 		}
-		err = u.commit(ctx, d)
-		if err == nil || api.KindOf(err) == api.Invalid {
-			return false, err
+		var first error // if the session ended with it, the next only says so
+		for tries := 1; ; tries++ {
+			err = u.commit(ctx, d)
+			if err == nil || api.KindOf(err) == api.Invalid {
+				return false, err
+			}
+			// The answer may have been lost, and not the blob.
+			if _, statErr := h.Stat(ctx, d); statErr == nil {
+				return false, nil
+			}
+			if first == nil {
+				first = err
+			}
+			// Or the request, which would cost all that was sent.
+			if tries == maxCommits || api.KindOf(err) != api.Unavailable || pause(ctx, h.delay) != nil {
+				return true, first
+			}
 		}
-		// The answer may have been lost, and not the blob.
-		if _, statErr := h.Stat(ctx, d); statErr == nil {
-			return false, nil
-		}
-		return true, err
 	})
 }
 
